@@ -1,0 +1,279 @@
+//! Runs cases on lab guests under guard and judges what came of them: saved or not, and whether the
+//! guard's diagnosis says what the case expects.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::Result;
+use crate::guarded::{Guard, GuardConfig};
+use crate::lab::Snapshot;
+use crate::scenario::{Blame, Case, Class, Context, Resource, Rung};
+
+/// How long a guard may take to learn a kernel that it has never seen.
+const ATTACH_LIMIT: Duration = Duration::from_secs(120);
+/// How long one crash may take to be dealt with.
+const CRASH_LIMIT: Duration = Duration::from_secs(40);
+/// How long the crashing process is waited for, in milliseconds, in the guest.
+const PROCESS_LIMIT: u64 = 20_000;
+
+/// What came of a case.
+#[derive(Clone, Debug)]
+pub struct Verdict {
+    /// The case's name.
+    pub name: &'static str,
+    /// What became of the guest.
+    pub outcome: Outcome,
+    /// Rung that was taken.
+    pub rung: Option<u64>,
+    /// How long the vCPUs stood.
+    pub downtime: Option<Duration>,
+    /// Title of the diagnosis.
+    pub title: String,
+    /// What the diagnosis says otherwise than the case expects.
+    pub differences: Vec<String>,
+}
+
+/// What became of the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest runs on, the verifying workload and the driver's self-check are content.
+    Saved,
+    /// The guard refused to repair; the guest went down.
+    Refused(String),
+    /// The guest was resumed, but something is not as it must be.
+    Wrong(Vec<String>),
+}
+
+impl Verdict {
+    /// Whether everything is as the case expects.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.outcome == Outcome::Saved && self.differences.is_empty()
+    }
+}
+
+/// Runs one case in a guest of its own, restored from `snapshot`.
+///
+/// # Errors
+/// When the lab or the guard fails; what the guest does is in the verdict.
+pub fn run(case: &'static Case, snapshot: &Snapshot, guard: &GuardConfig) -> Result<Verdict> {
+    let mut vm = snapshot.restore()?;
+    vm.agent().command("workload start")?;
+    vm.agent().command(&case.load_command())?;
+    let mut guard = Guard::start(guard, &vm.qmp())?;
+    guard.await_event("armed", ATTACH_LIMIT)?;
+    let answer = vm.agent().command_within(&case.crash_command(PROCESS_LIMIT), CRASH_LIMIT);
+    let diagnosis = guard.await_event("diagnosis", CRASH_LIMIT)?;
+    let plan = guard.await_event("plan", CRASH_LIMIT)?;
+    let end = guard.await_any(&["repaired", "refused"], CRASH_LIMIT)?;
+    let mut verdict = Verdict {
+        name: case.name,
+        outcome: Outcome::Saved,
+        rung: end.get("rung").and_then(Value::as_u64),
+        downtime: end.get("downtime_us").and_then(Value::as_u64).map(Duration::from_micros),
+        title: text(&diagnosis, "/title"),
+        differences: differences(case, &diagnosis, &end)?,
+    };
+    if text(&end, "/event") == "refused" {
+        verdict.outcome = Outcome::Refused(refusals(&end, &plan));
+        return Ok(verdict);
+    }
+    let mut wrong = Vec::new();
+    match answer {
+        Ok(answer) => wrong.extend(sights(case, &answer)),
+        Err(error) => wrong.push(format!("no answer: {error}")),
+    }
+    if wrong.is_empty() {
+        wrong.extend(aftermath(case, vm.agent()));
+    }
+    let status = guard.detach()?;
+    if !status.success() {
+        wrong.push(format!("the guard ended with {status}"));
+    }
+    if wrong.is_empty() {
+        wrong.extend(vm.finish_and_check_disk().err().map(|error| format!("disk: {error}")));
+    }
+    if !wrong.is_empty() {
+        verdict.outcome = Outcome::Wrong(wrong);
+    }
+    Ok(verdict)
+}
+
+fn refusals(end: &Value, plan: &Value) -> String {
+    let mut reasons = vec![text(end, "/reason")];
+    let refused = plan.get("refused").and_then(Value::as_array);
+    reasons.extend(
+        refused
+            .into_iter()
+            .flatten()
+            .map(|refusal| format!("{}: {}", text(refusal, "/rung"), text(refusal, "/text"))),
+    );
+    reasons.join("; ")
+}
+
+/// What the processes saw otherwise than they must.
+fn sights(case: &Case, answer: &crate::lab::Answer) -> Vec<String> {
+    let mut wrong = Vec::new();
+    if !case.sees.is_shown_by(answer, "") {
+        wrong.push(format!("the process saw {:?}, not {:?}", answer.text(), case.sees));
+    }
+    if case.waiter_sees.is_some_and(|sight| !sight.is_shown_by(answer, "waiter_")) {
+        wrong.push(format!("the waiter saw {:?}", answer.text()));
+    }
+    wrong
+}
+
+/// What is not as it must be in a guest that was resumed.
+fn aftermath(case: &Case, agent: &mut crate::lab::Agent) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut must =
+        |command: &str, good: &dyn Fn(&crate::lab::Answer) -> bool| match agent.command(command) {
+            Ok(answer) if good(&answer) => {}
+            Ok(answer) => wrong.push(format!("{command}: {}", answer.text())),
+            Err(error) => wrong.push(format!("{command}: {error}")),
+        };
+    must(&case.check_command(), &|answer| {
+        answer.text().starts_with("ok") || answer.text().is_empty()
+    });
+    for command in case.after {
+        must(command, &|_| true);
+    }
+    must("workload verify", &|answer| {
+        answer.number("errors").is_ok_and(|n| n == 0)
+            && answer.number("stalled").is_ok_and(|n| n == 0)
+    });
+    must("splats", &|answer| {
+        answer.number("count").map_or_else(|_| answer.text().is_empty(), |count| count == 0)
+    });
+    wrong
+}
+
+/// What the diagnosis says otherwise than the case expects.
+fn differences(case: &Case, diagnosis: &Value, end: &Value) -> Result<Vec<String>> {
+    let mut differences = Vec::new();
+    let mut compare = |what: &str, found: String, expected: &str| {
+        if found != expected {
+            differences.push(format!("{what}: {found:?} instead of {expected:?}"));
+        }
+    };
+    compare("class", text(diagnosis, "/class/kind"), class(case.class));
+    compare("context", text(diagnosis, "/context/kind"), context(case.context));
+    if let Some(place) = case.offender()? {
+        let file = text(diagnosis, "/offender/source/file");
+        let file = file.rsplit('/').next().unwrap_or_default();
+        let line = diagnosis.pointer("/offender/source/line").and_then(Value::as_u64).unwrap_or(0);
+        compare("offender", text(diagnosis, "/offender/module"), place.module);
+        compare("place", format!("{file}:{line}"), &format!("{}:{}", place.file, place.line));
+    }
+    if let Blame::Process { core_function } = case.blame {
+        compare("offender", text(diagnosis, "/offender/kind"), "process");
+        let frames = diagnosis.get("frames").and_then(Value::as_array).cloned().unwrap_or_default();
+        let named = frames.iter().any(|frame| {
+            let inlined =
+                frame.get("source").and_then(Value::as_array).cloned().unwrap_or_default();
+            text(frame, "/function").starts_with(core_function)
+                || inlined.iter().any(|level| text(level, "/function") == core_function)
+        });
+        compare("core function named", named.to_string(), "true");
+    }
+    compare("held", held(case, diagnosis), &expected_held(case));
+    if let Some(rung) = end.get("rung").and_then(Value::as_u64) {
+        compare("rung", rung.to_string(), &number(case.rung).to_string());
+    }
+    Ok(differences)
+}
+
+fn text(value: &Value, pointer: &str) -> String {
+    value.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
+fn held(case: &Case, diagnosis: &Value) -> String {
+    let pointer = match case.blame {
+        Blame::Driver => "/boundary/effects/held",
+        Blame::Process { .. } => "/all_effects/held",
+    };
+    let list = diagnosis.pointer(pointer).and_then(Value::as_array).cloned().unwrap_or_default();
+    let mut kinds: Vec<String> = list.iter().map(|held| text(held, "/kind")).collect();
+    kinds.sort();
+    kinds.join(" ")
+}
+
+fn expected_held(case: &Case) -> String {
+    let mut kinds: Vec<&str> = case.held.iter().map(|&held| resource(held)).collect();
+    kinds.sort_unstable();
+    kinds.join(" ")
+}
+
+fn class(class: Class) -> &'static str {
+    match class {
+        Class::NullDereference => "null_dereference",
+        Class::WildDereference => "wild_pointer",
+        Class::GeneralProtection => "general_protection",
+        Class::NullCall => "bad_call",
+        Class::Bug => "bug",
+        Class::ListCorruption => "list_corruption",
+        Class::Usercopy => "usercopy",
+        Class::Divide => "divide",
+        Class::StackOverflow => "stack_overflow",
+        Class::Panic => "panic",
+    }
+}
+
+fn context(context: Context) -> &'static str {
+    match context {
+        Context::Task | Context::KernelThread | Context::Work => "task",
+        Context::Softirq => "softirq",
+        Context::Hardirq => "hardirq",
+    }
+}
+
+fn resource(resource: Resource) -> &'static str {
+    match resource {
+        Resource::Mutex => "mutex",
+        Resource::RwsemRead => "rwsem_read",
+        Resource::RwsemWrite => "rwsem_write",
+        Resource::Spinlock => "spinlock",
+        Resource::SpinlockIrqsave => "spinlock_irqsave",
+        Resource::SpinlockIrq => "spinlock_irq",
+        Resource::SpinlockBh => "spinlock_bh",
+        Resource::ReadLock => "read_lock",
+        Resource::WriteLock => "write_lock",
+        Resource::Rcu => "rcu",
+        Resource::IrqsOff => "interrupts",
+        Resource::BhOff => "bottom_halves",
+        Resource::PreemptionOff => "preemption",
+    }
+}
+
+fn number(rung: Rung) -> u64 {
+    match rung {
+        Rung::ReturnError => 1,
+        Rung::EndProcess => 3,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::scenario::case;
+
+    #[test]
+    fn a_right_diagnosis_differs_in_nothing() {
+        let case = case("three-locks").unwrap();
+        let line = case.offender().unwrap().unwrap().line;
+        let mut diagnosis = json!({
+            "class": { "kind": "bug" }, "context": { "kind": "task" },
+            "offender": { "kind": "driver", "module": "crash_locks",
+                          "source": { "file": "/x/crash_locks.c", "line": line } },
+            "boundary": { "effects": { "held": [
+                { "kind": "spinlock_irqsave" }, { "kind": "mutex" }, { "kind": "spinlock_irqsave" }] } },
+        });
+        let end = json!({ "rung": 1 });
+        assert_eq!(differences(case, &diagnosis, &end).unwrap(), Vec::<String>::new());
+        diagnosis["offender"]["source"]["line"] = json!(line + 1);
+        assert_eq!(differences(case, &diagnosis, &json!({ "rung": 3 })).unwrap().len(), 2);
+    }
+}

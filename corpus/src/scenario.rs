@@ -1,0 +1,497 @@
+//! The cases of the corpus: which driver does what, what a diagnosis must say about it, which rung
+//! should save the guest, and what must hold afterwards. How a case is run is not here.
+
+use crate::Error;
+use crate::Result;
+use crate::lab;
+
+/// What kind of fault it is, as a diagnosis names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Class {
+    /// Access through a NULL pointer or near it.
+    NullDereference,
+    /// Access to a canonical address that is not mapped.
+    WildDereference,
+    /// Access to a non-canonical address: general protection.
+    GeneralProtection,
+    /// A call to address 0.
+    NullCall,
+    /// `BUG()`, `BUG_ON()`.
+    Bug,
+    /// The check of `list_del()`.
+    ListCorruption,
+    /// The check of `copy_to_user()`.
+    Usercopy,
+    /// Division by zero.
+    Divide,
+    /// A stack's guard page.
+    StackOverflow,
+    /// A call of `panic()`.
+    Panic,
+}
+
+/// In which context the fault happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Context {
+    /// A process's system call.
+    Task,
+    /// A kernel thread of the driver's own.
+    KernelThread,
+    /// A workqueue's thread.
+    Work,
+    /// Softirq: timers, tasklets.
+    Softirq,
+    /// Hard interrupt: device, high resolution timer.
+    Hardirq,
+}
+
+/// What the faulting frames hold, outermost first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Resource {
+    /// A mutex.
+    Mutex,
+    /// A read-write semaphore, for reading.
+    RwsemRead,
+    /// A read-write semaphore, for writing.
+    RwsemWrite,
+    /// A spinlock.
+    Spinlock,
+    /// A spinlock with interrupts off and their flag saved.
+    SpinlockIrqsave,
+    /// A spinlock with interrupts off.
+    SpinlockIrq,
+    /// A spinlock with softirqs off.
+    SpinlockBh,
+    /// A read-write spinlock, for reading.
+    ReadLock,
+    /// A read-write spinlock, for writing.
+    WriteLock,
+    /// An RCU read section.
+    Rcu,
+    /// Interrupts off.
+    IrqsOff,
+    /// Softirqs off.
+    BhOff,
+    /// Preemption off.
+    PreemptionOff,
+}
+
+/// The lowest rung of the recovery ladder that should save the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Rung {
+    /// 1: an error is returned out of the driver.
+    ReturnError,
+    /// 3: the process is ended, after the locks it holds are released.
+    EndProcess,
+}
+
+/// Who is to blame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Blame {
+    /// The driver, at the line that carries the marker of the case's test.
+    Driver,
+    /// The process; the fault is in this function of the core kernel or below it.
+    Process {
+        /// The function.
+        core_function: &'static str,
+    },
+}
+
+/// What a process must see of a crash that was repaired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Sight {
+    /// The call failed with this errno.
+    Errno(&'static str),
+    /// The call gave this value.
+    Value(i64),
+    /// The call came back, whatever it said.
+    Returned,
+    /// The process was killed.
+    Killed,
+}
+
+impl Sight {
+    /// Whether an answer of the agent's `crash` command shows this; `prefix` is `waiter_` for the second
+    /// process of a pair.
+    pub fn is_shown_by(self, answer: &lab::Answer, prefix: &str) -> bool {
+        let field = |name: &str| answer.field(&format!("{prefix}{name}")).unwrap_or_default();
+        let outcome = field("outcome");
+        match self {
+            Self::Errno(name) => outcome == "returned" && field("errno") == name,
+            Self::Value(value) => outcome == "returned" && field("value") == value.to_string(),
+            Self::Returned => outcome == "returned",
+            Self::Killed => outcome == "signal",
+        }
+    }
+}
+
+/// A place in a driver's source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The module.
+    pub module: &'static str,
+    /// The function, as the source has it (it may be inlined).
+    pub function: String,
+    /// The file's name.
+    pub file: String,
+    /// The line, from 1.
+    pub line: usize,
+}
+
+/// One crash: trigger and expectations.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Case {
+    /// The case's name, unique in the corpus.
+    pub name: &'static str,
+    /// The module, which is its device's name too.
+    pub driver: &'static str,
+    /// Parameters at its loading.
+    pub parameters: &'static str,
+    /// What the process does: the agent's name for it.
+    pub operation: &'static str,
+    /// What it asks the driver for; with a second process, both are named.
+    pub test: &'static str,
+    /// The class that the diagnosis must name.
+    pub class: Class,
+    /// Where the fault happens.
+    pub context: Context,
+    /// What is held then by the frames that must go.
+    pub held: &'static [Resource],
+    /// Who is to blame.
+    pub blame: Blame,
+    /// The function that symbols alone name, where the offender's own is inlined into another.
+    pub inlined_into: Option<&'static str>,
+    /// The rung that should save the guest.
+    pub rung: Rung,
+    /// What the process must see.
+    pub sees: Sight,
+    /// What the second process must see, if there is one.
+    pub waiter_sees: Option<Sight>,
+    /// Agent commands that must succeed afterwards, besides the driver's self-check.
+    pub after: &'static [&'static str],
+}
+
+impl Case {
+    /// The agent's command that loads the driver.
+    pub fn load_command(&self) -> String {
+        format!("load {} {}", self.driver, self.parameters).trim_end().to_owned()
+    }
+
+    /// The agent's command that triggers the crash; it takes at most so many milliseconds.
+    pub fn crash_command(&self, milliseconds: u64) -> String {
+        format!("crash {} {} {} {milliseconds}", self.driver, self.operation, self.test)
+    }
+
+    /// The agent's command for the driver's self-check.
+    pub fn check_command(&self) -> String {
+        format!("check {}", self.driver)
+    }
+
+    /// The line that must be found at fault; `None` when a process is to blame.
+    ///
+    /// # Errors
+    /// [`Error::Marker`] when the driver's source does not mark it exactly once.
+    pub fn offender(&self) -> Result<Option<Place>> {
+        match self.blame {
+            Blame::Process { .. } => Ok(None),
+            Blame::Driver => marked_line(self.driver, self.marker()).map(Some),
+        }
+    }
+
+    /// The marker's name: the first of the tests.
+    fn marker(&self) -> &'static str {
+        self.test.split(',').next().unwrap_or(self.test)
+    }
+
+    /// A case that a process runs into in its own call to the driver and is told of by EIO.
+    const fn new(
+        name: &'static str,
+        driver: &'static str,
+        class: Class,
+        held: &'static [Resource],
+    ) -> Self {
+        Self {
+            name,
+            driver,
+            parameters: "",
+            operation: "write",
+            test: name,
+            class,
+            context: Context::Task,
+            held,
+            blame: Blame::Driver,
+            inlined_into: None,
+            rung: Rung::ReturnError,
+            sees: Sight::Errno("EIO"),
+            waiter_sees: None,
+            after: &[],
+        }
+    }
+
+    const fn by(mut self, operation: &'static str, test: &'static str) -> Self {
+        self.operation = operation;
+        self.test = test;
+        self
+    }
+
+    const fn sees(mut self, sight: Sight) -> Self {
+        self.sees = sight;
+        self
+    }
+
+    const fn within(mut self, context: Context) -> Self {
+        self.context = context;
+        self
+    }
+
+    const fn with_parameters(mut self, parameters: &'static str) -> Self {
+        self.parameters = parameters;
+        self
+    }
+
+    const fn waited_for(mut self) -> Self {
+        self.waiter_sees = Some(Sight::Returned);
+        self
+    }
+
+    const fn blames_process(mut self, core_function: &'static str) -> Self {
+        self.blame = Blame::Process { core_function };
+        self.rung = Rung::EndProcess;
+        self.sees = Sight::Killed;
+        self
+    }
+
+    const fn inlined_into(mut self, function: &'static str) -> Self {
+        self.inlined_into = Some(function);
+        self
+    }
+
+    const fn then(mut self, after: &'static [&'static str]) -> Self {
+        self.after = after;
+        self
+    }
+}
+
+/// Finds the line with a marker, and the function it is in, in a driver's source.
+fn marked_line(driver: &'static str, case: &str) -> Result<Place> {
+    let file = format!("{driver}.c");
+    let text = lab::driver_source(&file).unwrap_or_default();
+    let marker = format!("/* CRASH: {case} */");
+    let found: Vec<usize> = text
+        .lines()
+        .enumerate()
+        .filter(|(_, line)| line.contains(&marker))
+        .map(|(index, _)| index)
+        .collect();
+    let missing =
+        || Error::Marker { driver: driver.to_owned(), case: case.to_owned(), count: found.len() };
+    let [index] = found[..] else { return Err(missing()) };
+    let function = enclosing_function(text, index).ok_or_else(missing)?;
+    Ok(Place { module: driver, function, file, line: index + 1 })
+}
+
+/// The name of the function around a line, in kernel style: its head starts in the first column.
+fn enclosing_function(text: &str, index: usize) -> Option<String> {
+    let heads: Vec<&str> = text.lines().take(index).collect();
+    let head = heads
+        .iter()
+        .rev()
+        .find(|line| line.starts_with(|c: char| c.is_ascii_alphabetic()) && line.contains('('))?;
+    let before = head.split('(').next()?;
+    let name = before.rsplit([' ', '*']).next()?;
+    (!name.is_empty()).then(|| name.to_owned())
+}
+
+use Class::*;
+use Context::*;
+use Resource::*;
+
+const CHARDEV: &str = "crash_chardev";
+const LOCKS: &str = "crash_locks";
+const TIMER: &str = "crash_timer";
+const WORK: &str = "crash_work";
+const IRQ: &str = "crash_irq";
+const CORE: &str = "crash_core";
+const CALLBACK: &str = "crash_callback";
+
+/// All cases of the corpus.
+pub const CASES: &[Case] = &[
+    // Every class of fault in write(), with nothing held.
+    Case::new("null-deref", CHARDEV, NullDereference, &[]).inlined_into("fault_null_deref"),
+    Case::new("memcpy-null", CHARDEV, NullDereference, &[]),
+    Case::new("null-call", CHARDEV, NullCall, &[]),
+    Case::new("wild-pointer", CHARDEV, WildDereference, &[]),
+    Case::new("non-canonical", CHARDEV, GeneralProtection, &[]),
+    Case::new("bug", CHARDEV, Bug, &[]),
+    Case::new("list-corruption", CHARDEV, ListCorruption, &[]),
+    Case::new("usercopy", CHARDEV, Usercopy, &[]),
+    Case::new("divide", CHARDEV, Divide, &[]),
+    Case::new("panic", CHARDEV, Panic, &[]),
+    Case::new("stack-overflow", CHARDEV, StackOverflow, &[]),
+    // Every other entry point.
+    Case::new("ioctl", CHARDEV, NullDereference, &[]).by("ioctl", "ioctl"),
+    Case::new("read", CHARDEV, NullDereference, &[]).by("read", "read"),
+    Case::new("open", CHARDEV, NullDereference, &[]).by("open", "open"),
+    // close() tells nothing of what release() returned.
+    Case::new("release", CHARDEV, NullDereference, &[])
+        .by("release", "release")
+        .sees(Sight::Value(0)),
+    // EPOLLERR is 8.
+    Case::new("poll", CHARDEV, NullDereference, &[]).by("poll", "poll").sees(Sight::Value(8)),
+    Case::new("mmap", CHARDEV, NullDereference, &[]).by("mmap", "mmap"),
+    Case::new("seq-start", CHARDEV, NullDereference, &[]).by("seq", "seq-start"),
+    Case::new("seq-show", CHARDEV, NullDereference, &[]).by("seq", "seq-show"),
+    // Every kind of lock and section.
+    Case::new("mutex", LOCKS, NullDereference, &[Mutex]),
+    Case::new("slab-mutex", LOCKS, NullDereference, &[Mutex]),
+    Case::new("rwsem-read", LOCKS, NullDereference, &[RwsemRead]),
+    Case::new("rwsem-write", LOCKS, NullDereference, &[RwsemWrite]),
+    Case::new("spinlock", LOCKS, NullDereference, &[Spinlock]),
+    Case::new("spinlock-irqsave", LOCKS, NullDereference, &[SpinlockIrqsave]),
+    Case::new("spinlock-irq", LOCKS, NullDereference, &[SpinlockIrq]),
+    Case::new("spinlock-bh", LOCKS, NullDereference, &[SpinlockBh]),
+    Case::new("read-lock", LOCKS, NullDereference, &[ReadLock]),
+    Case::new("write-lock", LOCKS, NullDereference, &[WriteLock]),
+    Case::new("three-locks", LOCKS, Bug, &[Mutex, SpinlockIrqsave, SpinlockIrqsave]),
+    Case::new("rcu", LOCKS, NullDereference, &[Rcu]),
+    Case::new("irqs-off", LOCKS, NullDereference, &[IrqsOff]),
+    Case::new("bh-off", LOCKS, NullDereference, &[BhOff]),
+    Case::new("preemption-off", LOCKS, NullDereference, &[PreemptionOff]),
+    Case::new("deep", LOCKS, NullDereference, &[Mutex, RwsemRead, SpinlockIrqsave, Rcu]),
+    Case::new("mutex-waited", LOCKS, NullDereference, &[Mutex])
+        .by("pair", "mutex-waited,wait-mutex")
+        .waited_for(),
+    Case::new("spinlock-waited", LOCKS, NullDereference, &[Spinlock])
+        .by("pair", "spinlock-waited,wait-spinlock")
+        .waited_for(),
+    // Interrupt contexts: nobody is told, and whoever was interrupted must not notice.
+    Case::new("timer-busy", TIMER, NullDereference, &[])
+        .by("busy", "timer")
+        .within(Softirq)
+        .sees(Sight::Returned),
+    Case::new("timer-idle", TIMER, NullDereference, &[])
+        .by("idle", "timer")
+        .within(Softirq)
+        .sees(Sight::Returned),
+    Case::new("timer-spinlock", TIMER, NullDereference, &[Spinlock])
+        .by("idle", "timer-spinlock")
+        .within(Softirq)
+        .sees(Sight::Returned),
+    Case::new("hrtimer-busy", TIMER, NullDereference, &[])
+        .by("busy", "hrtimer")
+        .within(Hardirq)
+        .sees(Sight::Returned),
+    Case::new("hrtimer-idle", TIMER, NullDereference, &[])
+        .by("idle", "hrtimer")
+        .within(Hardirq)
+        .sees(Sight::Returned),
+    Case::new("hrtimer-spinlock", TIMER, NullDereference, &[Spinlock])
+        .by("busy", "hrtimer-spinlock")
+        .within(Hardirq)
+        .sees(Sight::Returned),
+    Case::new("tasklet", TIMER, NullDereference, &[])
+        .by("idle", "tasklet")
+        .within(Softirq)
+        .sees(Sight::Returned),
+    Case::new("msi", IRQ, NullDereference, &[])
+        .by("idle", "irq")
+        .within(Hardirq)
+        .sees(Sight::Returned),
+    Case::new("msi-spinlock", IRQ, NullDereference, &[Spinlock])
+        .by("busy", "irq-spinlock")
+        .within(Hardirq)
+        .sees(Sight::Returned),
+    Case::new("intx-spinlock", IRQ, NullDereference, &[Spinlock])
+        .with_parameters("msi=0")
+        .by("busy", "irq-spinlock")
+        .within(Hardirq)
+        .sees(Sight::Returned),
+    // Kernel threads.
+    Case::new("work", WORK, NullDereference, &[])
+        .by("idle", "work")
+        .within(Work)
+        .sees(Sight::Returned),
+    Case::new("work-mutex", WORK, NullDereference, &[Mutex])
+        .by("idle", "work-mutex")
+        .within(Work)
+        .sees(Sight::Returned),
+    Case::new("kthread", WORK, NullDereference, &[])
+        .by("idle", "kthread")
+        .within(KernelThread)
+        .sees(Sight::Returned),
+    Case::new("kthread-mutex", WORK, NullDereference, &[Mutex])
+        .by("idle", "kthread-mutex")
+        .within(KernelThread)
+        .sees(Sight::Returned),
+    // Callbacks under locks that belong to the core.
+    Case::new("sysfs", CALLBACK, NullDereference, &[Mutex]).by("sysfs", "sysfs"),
+    Case::new("netdev", CALLBACK, NullDereference, &[])
+        .by("netdev", "netdev")
+        .sees(Sight::Returned),
+    // The core kernel faults on behalf of a process.
+    Case::new("getcwd", CORE, NullDereference, &[Rcu])
+        .by("getcwd", "getcwd")
+        .blames_process("__do_sys_getcwd"),
+    Case::new("uname", CORE, NullDereference, &[RwsemRead])
+        .by("uname", "uname")
+        .blames_process("__do_sys_newuname")
+        .then(&["exec hostname lab"]),
+    Case::new("pipe-read", CORE, NullDereference, &[Mutex])
+        .by("pipe-read", "pipe")
+        .blames_process("pipe_read"),
+    Case::new("pipe-write", CORE, NullDereference, &[Mutex])
+        .by("pipe-write", "pipe")
+        .blames_process("pipe_write"),
+];
+
+/// The case of a name.
+pub fn case(name: &str) -> Option<&'static Case> {
+    CASES.iter().find(|case| case.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn every_case_has_its_line() {
+        for case in CASES {
+            let place = case.offender().unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(
+                place.is_none(),
+                matches!(case.blame, Blame::Process { .. }),
+                "{}",
+                case.name
+            );
+        }
+    }
+
+    #[test]
+    fn names_are_unique_and_plenty() {
+        let names: HashSet<_> = CASES.iter().map(|case| case.name).collect();
+        assert_eq!(names.len(), CASES.len());
+        assert!(names.len() >= 32);
+    }
+
+    #[test]
+    fn offender_is_the_function_around_the_marker() {
+        let place = case("null-deref").unwrap().offender().unwrap().unwrap();
+        assert_eq!((place.module, place.function.as_str()), ("crash_chardev", "corrected"));
+        let line = lab::driver_source("crash_chardev.c").unwrap().lines().nth(place.line - 1);
+        assert!(line.unwrap().contains("calibration->gain"));
+        let place = case("irqs-off").unwrap().offender().unwrap().unwrap();
+        assert_eq!(place.function, "with_irqs_off");
+    }
+
+    #[test]
+    fn missing_marker_is_an_error() {
+        let error = marked_line("crash_locks", "no-such-case").unwrap_err();
+        assert!(matches!(error, Error::Marker { count: 0, .. }));
+    }
+}

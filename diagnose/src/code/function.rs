@@ -1,0 +1,243 @@
+//! One function as blocks of decoded instructions, its cut-off cold part included, read from guest
+//! memory. What the blocks do is `analysis.rs`'s.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
+
+use capstone::Capstone;
+use guest::{GuestVirt, VirtMemory};
+use repair_image::RepairImage;
+
+use super::instruction::{MAX_INSTRUCTION, disassembler};
+use super::locks::{Does, LockTable};
+use super::op::{Action, Op, Relation, decode};
+
+/// Most bytes of one part of a function that are read: above the largest of the kernel.
+const MAX_PART: u64 = 128 << 10;
+/// Most instructions of one function that are decoded.
+const MAX_OPS: usize = 32 << 10;
+
+/// A way out of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Edge {
+    /// Index of the block it leads to.
+    pub(crate) to: u32,
+    /// What the arithmetic flags show on this way.
+    pub(crate) relation: Relation,
+    /// Behind a `ud2`: taken only if it is a `WARN()`.
+    pub(crate) after_trap: bool,
+}
+
+/// Instructions that are entered at the first only.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Block {
+    /// Address and instruction, ascending.
+    pub(crate) ops: Vec<(u64, Op)>,
+    /// Ways out within the function.
+    pub(crate) edges: Vec<Edge>,
+    /// rsp below the CFA at the first instruction, where the unwind row says so.
+    pub(crate) depth: Option<i64>,
+}
+
+impl Block {
+    pub(crate) fn start(&self) -> u64 {
+        self.ops.first().map_or(0, |op| op.0)
+    }
+}
+
+/// A function's blocks; the first one is the entry.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Function {
+    pub(crate) blocks: Vec<Block>,
+}
+
+/// Part of a function: its bytes.
+struct Part {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Part {
+    fn read(memory: &dyn VirtMemory, range: &Range<u64>) -> Self {
+        let len = (range.end.saturating_sub(range.start)).min(MAX_PART);
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        if memory.read(GuestVirt(range.start), &mut bytes).is_err() {
+            // Up to the first page that is missing.
+            let mut good = 0;
+            for chunk in bytes.chunks_mut(4096) {
+                if memory.read(GuestVirt(range.start.wrapping_add(good as u64)), chunk).is_err() {
+                    break;
+                }
+                good += chunk.len();
+            }
+            bytes.truncate(good);
+        }
+        Self { start: range.start, bytes }
+    }
+
+    fn at(&self, address: u64) -> Option<&[u8]> {
+        let offset = usize::try_from(address.checked_sub(self.start)?).ok()?;
+        let rest = self.bytes.get(offset..)?;
+        (!rest.is_empty()).then(|| rest.get(..MAX_INSTRUCTION).unwrap_or(rest))
+    }
+}
+
+/// The parts of the function at a code address: itself first, then its cold part. For an address in a
+/// cold part that is the function it was cut off from.
+pub(crate) fn parts(image: &RepairImage, at: GuestVirt) -> Option<(GuestVirt, Vec<Range<u64>>)> {
+    let location = image.locate(at)?;
+    let name = location.symbol.name;
+    let own = (location.start(at), location.symbol.size);
+    let range = |(start, size): (GuestVirt, u64)| start.0..start.0.saturating_add(size);
+    // Older compilers number the cold parts: `f.cold.12`.
+    let (main, cold) = match name.find(".cold") {
+        Some(cut) => (image.sibling(at, name.get(..cut)?), Some(own)),
+        None => (Some(own), image.sibling(at, &format!("{name}.cold"))),
+    };
+    let main = main?;
+    let mut ranges = vec![range(main)];
+    ranges.extend(cold.map(range));
+    Some((main.0, ranges))
+}
+
+impl Function {
+    /// Reads and decodes what can be reached from the entry, and what can be reached from `wanted`
+    /// should it not be among it.
+    pub(crate) fn read(
+        image: &RepairImage,
+        memory: &dyn VirtMemory,
+        table: &LockTable,
+        ranges: &[Range<u64>],
+    ) -> Option<Self> {
+        let parts: Vec<Part> = ranges.iter().map(|range| Part::read(memory, range)).collect();
+        let entry = parts.first()?.start;
+        let mut decoder = Decoder {
+            disassembler: disassembler()?,
+            parts,
+            table,
+            ops: BTreeMap::new(),
+            leaders: BTreeSet::new(),
+        };
+        decoder.run(entry);
+        let mut function = decoder.blocks(entry);
+        for block in &mut function.blocks {
+            block.depth = depth(image, block.start());
+        }
+        Some(function)
+    }
+
+    /// The block that contains the instruction at `at`, and the instruction's index in it.
+    pub(crate) fn find(&self, at: u64) -> impl Iterator<Item = (usize, usize)> {
+        self.blocks.iter().enumerate().filter_map(move |(index, block)| {
+            Some((index, block.ops.binary_search_by_key(&at, |op| op.0).ok()?))
+        })
+    }
+
+    /// The block whose call ends at `end`, and the call's index in it.
+    pub(crate) fn find_call(&self, end: u64) -> impl Iterator<Item = (usize, usize)> {
+        self.blocks.iter().enumerate().filter_map(move |(index, block)| {
+            let place = block.ops.partition_point(|(at, _)| *at < end).checked_sub(1)?;
+            let (at, op) = block.ops.get(place)?;
+            let ends = at.wrapping_add(u64::from(op.len)) == end;
+            (ends && matches!(op.action, Action::Call(_))).then_some((index, place))
+        })
+    }
+}
+
+/// rsp below the CFA, from an unwind row that is based on rsp.
+fn depth(image: &RepairImage, at: u64) -> Option<i64> {
+    match image.unwind_row(GuestVirt(at))?.cfa {
+        repair_image::CfaRule::Offset { reg: guest::Reg::Rsp, offset } => Some(i64::from(offset)),
+        _ => None,
+    }
+}
+
+struct Decoder<'a> {
+    disassembler: Capstone,
+    parts: Vec<Part>,
+    table: &'a LockTable,
+    ops: BTreeMap<u64, Op>,
+    leaders: BTreeSet<u64>,
+}
+
+impl Decoder<'_> {
+    fn bytes(&self, at: u64) -> Option<&[u8]> {
+        self.parts.iter().find_map(|part| part.at(at))
+    }
+
+    fn ends_path(&self, op: &Op) -> bool {
+        let no_return = match op.action {
+            Action::Call(Some(target)) => {
+                self.table.call(GuestVirt(target)) == Some(Does::NoReturn)
+            }
+            _ => false,
+        };
+        no_return || !op.falls_through()
+    }
+
+    fn run(&mut self, entry: u64) {
+        let mut work = vec![entry];
+        self.leaders.insert(entry);
+        while let Some(mut at) = work.pop() {
+            while !self.ops.contains_key(&at) && self.ops.len() < MAX_OPS {
+                let op = self.bytes(at).and_then(|bytes| decode(&self.disassembler, bytes, at));
+                let Some(op) = op else { break };
+                self.ops.insert(at, op);
+                let next = at.wrapping_add(u64::from(op.len));
+                if let Some(target) =
+                    op.jump_target().filter(|&target| self.bytes(target).is_some())
+                    && self.leaders.insert(target)
+                {
+                    work.push(target);
+                }
+                if matches!(op.action, Action::Branch(..) | Action::Trap) {
+                    self.leaders.insert(next);
+                }
+                if self.ends_path(&op) {
+                    break;
+                }
+                at = next;
+            }
+        }
+    }
+
+    fn blocks(self, entry: u64) -> Function {
+        // The entry comes first, whatever its address.
+        let mut starts = vec![entry];
+        starts.extend(self.leaders.iter().copied().filter(|&at| at != entry));
+        starts.retain(|at| self.ops.contains_key(at));
+        let index: HashMap<u64, u32> =
+            starts.iter().enumerate().map(|(index, &at)| (at, index as u32)).collect();
+        let blocks = starts.iter().map(|&start| self.block(start, &index)).collect();
+        Function { blocks }
+    }
+
+    fn block(&self, start: u64, index: &HashMap<u64, u32>) -> Block {
+        let mut block = Block::default();
+        let mut at = start;
+        let edge = |to: u64, relation, after_trap| {
+            index.get(&to).map(|&to| Edge { to, relation, after_trap })
+        };
+        while let Some(&op) = self.ops.get(&at) {
+            block.ops.push((at, op));
+            let next = at.wrapping_add(u64::from(op.len));
+            let taken = match op.action {
+                Action::Branch(relation, _) => relation,
+                _ => Relation::Any,
+            };
+            if let Some(target) = op.jump_target() {
+                block.edges.extend(edge(target, taken, false));
+            }
+            if self.ends_path(&op) {
+                break;
+            }
+            if index.contains_key(&next) {
+                let after_trap = op.action == Action::Trap;
+                block.edges.extend(edge(next, taken.negated(), after_trap));
+                break;
+            }
+            at = next;
+        }
+        block
+    }
+}

@@ -1,0 +1,187 @@
+//! One step of a plan: what is written, called or set, what must hold before, and why. Data only;
+//! carrying steps out is in `apply.rs`.
+
+use std::fmt;
+
+use guest::{GuestVirt, Reg, Registers, Vcpu};
+use serde::{Serialize, Serializer};
+
+use crate::values::Value;
+
+/// A word of guest memory that must be as it was when the plan was made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Expected {
+    /// Guest-virtual address.
+    pub at: GuestVirt,
+    /// Size in bytes: 1, 2, 4 or 8.
+    pub size: u8,
+    /// Bits that count.
+    #[serde(serialize_with = "hex")]
+    pub mask: u64,
+    /// Value of these bits.
+    #[serde(serialize_with = "hex")]
+    pub value: u64,
+}
+
+/// A changed word of saved registers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SavedWord {
+    /// The register.
+    pub register: &'static str,
+    /// Guest-virtual address of the word.
+    pub at: GuestVirt,
+    /// Before.
+    #[serde(serialize_with = "hex")]
+    pub old: u64,
+    /// After.
+    #[serde(serialize_with = "hex")]
+    pub new: u64,
+}
+
+/// One step.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "snake_case", tag = "action")]
+#[non_exhaustive]
+pub enum Action {
+    /// Call a function of the guest's kernel, with interrupts off, on a stack that the guest does
+    /// not know.
+    CallGuest {
+        /// Name of the function.
+        function: String,
+        /// Its guest-virtual address.
+        at: GuestVirt,
+        /// At most six arguments.
+        #[serde(serialize_with = "hex_list")]
+        arguments: Vec<u64>,
+        /// What must hold before.
+        expected: Vec<Expected>,
+        /// Why.
+        why: String,
+    },
+    /// Write one word.
+    WriteWord {
+        /// Guest-virtual address.
+        at: GuestVirt,
+        /// Size in bytes: 1, 2, 4 or 8.
+        size: u8,
+        /// Bits that are changed; the others stay as they are when it is written.
+        #[serde(serialize_with = "hex")]
+        mask: u64,
+        /// Value of these bits before, after the steps that come first.
+        #[serde(serialize_with = "hex")]
+        old: u64,
+        /// Value of these bits after.
+        #[serde(serialize_with = "hex")]
+        new: u64,
+        /// Name of the variable.
+        name: String,
+        /// Why.
+        why: String,
+    },
+    /// Change registers that an exception or interrupt entry saved on the stack.
+    RewriteSavedRegisters {
+        /// Guest-virtual address of the `struct pt_regs`.
+        at: GuestVirt,
+        /// Changed words.
+        words: Vec<SavedWord>,
+        /// Why.
+        why: String,
+    },
+    /// Make a driver function return at once.
+    PatchEntry {
+        /// Module name.
+        module: String,
+        /// Function.
+        function: String,
+        /// Guest-virtual address of the first changed byte.
+        at: GuestVirt,
+        /// Bytes before.
+        #[serde(serialize_with = "hex_bytes")]
+        old: Vec<u8>,
+        /// Bytes after.
+        #[serde(serialize_with = "hex_bytes")]
+        new: Vec<u8>,
+        /// What the function returns from then on.
+        returns: Value,
+        /// Why.
+        why: String,
+    },
+    /// Set registers of a vCPU.
+    SetRegisters {
+        /// The vCPU.
+        vcpu: Vcpu,
+        /// The registers that are set; others keep their values.
+        registers: Registers,
+        /// Why.
+        why: String,
+    },
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::CallGuest { function, arguments, why, .. } => {
+                let list: Vec<String> = arguments.iter().map(|a| format!("{a:#x}")).collect();
+                write!(f, "call {function}({}): {why}", list.join(", "))
+            }
+            Self::WriteWord { at, old, new, name, why, .. } => {
+                write!(f, "write {name} at {at:#x}: {old:#x} -> {new:#x}: {why}")
+            }
+            Self::RewriteSavedRegisters { at, words, why } => {
+                write!(f, "rewrite the registers saved at {at:#x}: {why}")?;
+                for word in words {
+                    write!(f, "\n       {} {:#x} -> {:#x}", word.register, word.old, word.new)?;
+                }
+                Ok(())
+            }
+            Self::PatchEntry { module, function, at, returns, why, .. } => {
+                write!(f, "patch {function} [{module}] at {at:#x} to {returns}: {why}")
+            }
+            Self::SetRegisters { vcpu, registers, why } => {
+                write!(f, "set registers of vCPU {}: {why}\n      ", vcpu.0)?;
+                for (reg, value) in registers.iter() {
+                    write!(f, " {}={value:#x}", reg.name())?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Name of a register as in `struct pt_regs`.
+pub(crate) fn saved_name(reg: Reg) -> Option<&'static str> {
+    Some(match reg {
+        Reg::Rax => "ax",
+        Reg::Rcx => "cx",
+        Reg::Rdx => "dx",
+        Reg::Rbx => "bx",
+        Reg::Rsp => "sp",
+        Reg::Rbp => "bp",
+        Reg::Rsi => "si",
+        Reg::Rdi => "di",
+        Reg::R8 => "r8",
+        Reg::R9 => "r9",
+        Reg::R10 => "r10",
+        Reg::R11 => "r11",
+        Reg::R12 => "r12",
+        Reg::R13 => "r13",
+        Reg::R14 => "r14",
+        Reg::R15 => "r15",
+        Reg::Rip => "ip",
+        Reg::Rflags => "flags",
+        _ => return None,
+    })
+}
+
+pub(crate) fn hex<S: Serializer>(value: &u64, s: S) -> Result<S::Ok, S::Error> {
+    s.collect_str(&format_args!("{value:#x}"))
+}
+
+fn hex_list<S: Serializer>(values: &[u64], s: S) -> Result<S::Ok, S::Error> {
+    s.collect_seq(values.iter().map(|value| format!("{value:#x}")))
+}
+
+pub(crate) fn hex_bytes<S: Serializer>(bytes: &[u8], s: S) -> Result<S::Ok, S::Error> {
+    let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    s.serialize_str(&text)
+}

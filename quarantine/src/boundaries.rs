@@ -1,0 +1,232 @@
+//! The table of core-kernel functions that call into drivers: through which member, what they make
+//! of the result, and whether interrupts are on there. What a value looks like is in `values.rs`.
+
+/// What a caller is handed, where its type alone does not tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fixed {
+    /// The caller ignores the result or expects none.
+    Nothing,
+    /// A number that means "did nothing" or "failed" to this caller, its name, and why.
+    Number(i64, &'static str, &'static str),
+    /// An enumerator, and why.
+    Enumerator(&'static str, &'static str),
+    /// The caller checks pointers with `IS_ERR`.
+    ErrorPointer,
+}
+
+/// One caller.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rule {
+    /// Function without compiler suffixes.
+    pub(crate) function: &'static str,
+    /// Function-pointer members that it calls through; all of one return type.
+    pub(crate) members: &'static [(&'static str, &'static str)],
+    /// What it is handed, if not decided by type.
+    pub(crate) fixed: Option<Fixed>,
+    /// Interrupt flag when it calls, where that is part of its contract.
+    pub(crate) interrupts: Option<bool>,
+}
+
+const fn typed(function: &'static str, members: &'static [(&'static str, &'static str)]) -> Rule {
+    Rule { function, members, fixed: None, interrupts: Some(true) }
+}
+
+const fn fixed(function: &'static str, fixed: Fixed, interrupts: Option<bool>) -> Rule {
+    Rule { function, members: &[], fixed: Some(fixed), interrupts }
+}
+
+/// Callers whose contract is known. Names hold for 6.1 to 6.12 unless a line says otherwise; one
+/// that a kernel does not have is never looked up.
+const RULES: &[Rule] = &[
+    // fs/read_write.c, fs/file_table.c, fs/open.c, fs/ioctl.c, fs/sync.c: ->f_op of a character
+    // device.
+    typed("vfs_write", &[("file_operations", "write")]),
+    typed("vfs_read", &[("file_operations", "read")]),
+    typed("new_sync_write", &[("file_operations", "write_iter")]),
+    typed("new_sync_read", &[("file_operations", "read_iter")]),
+    typed("do_iter_readv_writev", &[("file_operations", "read_iter")]),
+    typed("vfs_iter_write", &[("file_operations", "write_iter")]),
+    typed("vfs_iter_read", &[("file_operations", "read_iter")]),
+    typed("vfs_llseek", &[("file_operations", "llseek")]),
+    typed("vfs_ioctl", &[("file_operations", "unlocked_ioctl")]),
+    typed("__x64_sys_ioctl", &[("file_operations", "unlocked_ioctl")]),
+    typed("__do_sys_ioctl", &[("file_operations", "unlocked_ioctl")]),
+    typed("__se_sys_ioctl", &[("file_operations", "unlocked_ioctl")]),
+    typed("__ia32_compat_sys_ioctl", &[("file_operations", "compat_ioctl")]),
+    typed("chrdev_open", &[("file_operations", "open")]),
+    typed("misc_open", &[("file_operations", "open")]),
+    typed("do_dentry_open", &[("file_operations", "open")]),
+    typed("__fput", &[("file_operations", "release")]),
+    typed("filp_close", &[("file_operations", "flush")]),
+    typed("filp_flush", &[("file_operations", "flush")]),
+    typed("vfs_fsync_range", &[("file_operations", "fsync")]),
+    typed("iterate_dir", &[("file_operations", "iterate_shared")]),
+    typed("mmap_region", &[("file_operations", "mmap")]),
+    typed("__mmap_region", &[("file_operations", "mmap")]),
+    typed("setfl", &[("file_operations", "fasync")]),
+    typed("do_sys_poll", &[("file_operations", "poll")]),
+    typed("do_select", &[("file_operations", "poll")]),
+    typed("do_fcntl", &[("file_operations", "fasync")]),
+    typed("ep_item_poll", &[("file_operations", "poll")]),
+    typed("__ep_eventpoll_poll", &[("file_operations", "poll")]),
+    typed("io_poll_check_events", &[("file_operations", "poll")]),
+    typed("__do_fault", &[("vm_operations_struct", "fault")]),
+    typed("do_page_mkwrite", &[("vm_operations_struct", "page_mkwrite")]),
+    // fs/proc/inode.c, since commit d56c0d45f0e2 ("proc: decouple proc from VFS", v5.6).
+    typed("proc_reg_write", &[("proc_ops", "proc_write")]),
+    typed("proc_reg_read", &[("proc_ops", "proc_read")]),
+    typed("proc_reg_read_iter", &[("proc_ops", "proc_read_iter")]),
+    typed("proc_reg_open", &[("proc_ops", "proc_open")]),
+    typed("proc_reg_release", &[("proc_ops", "proc_release")]),
+    typed("close_pdeo", &[("proc_ops", "proc_release")]),
+    typed("proc_reg_poll", &[("proc_ops", "proc_poll")]),
+    typed("proc_reg_unlocked_ioctl", &[("proc_ops", "proc_ioctl")]),
+    typed("proc_reg_mmap", &[("proc_ops", "proc_mmap")]),
+    // fs/debugfs/file.c: the proxies.
+    typed("full_proxy_write", &[("file_operations", "write")]),
+    typed("full_proxy_read", &[("file_operations", "read")]),
+    typed("full_proxy_open", &[("file_operations", "open")]),
+    typed("full_proxy_unlocked_ioctl", &[("file_operations", "unlocked_ioctl")]),
+    typed("full_proxy_poll", &[("file_operations", "poll")]),
+    // fs/kernfs/file.c, fs/sysfs/file.c, drivers/base/core.c: attributes.
+    typed("kernfs_fop_write_iter", &[("kernfs_ops", "write")]),
+    typed("kernfs_seq_show", &[("kernfs_ops", "seq_show")]),
+    typed("sysfs_kf_write", &[("sysfs_ops", "store")]),
+    typed("sysfs_kf_seq_show", &[("sysfs_ops", "show")]),
+    typed("dev_attr_store", &[("device_attribute", "store")]),
+    typed("dev_attr_show", &[("device_attribute", "show")]),
+    typed("kobj_attr_store", &[("kobj_attribute", "store")]),
+    typed("kobj_attr_show", &[("kobj_attribute", "show")]),
+    typed("param_attr_store", &[("kernel_param_ops", "set")]),
+    typed("param_attr_show", &[("kernel_param_ops", "get")]),
+    typed("proc_sys_call_handler", &[("ctl_table", "proc_handler")]),
+    // Driver core.
+    typed("really_probe", &[("bus_type", "probe")]),
+    typed("call_driver_probe", &[("bus_type", "probe")]),
+    typed("platform_probe", &[("platform_driver", "probe")]),
+    typed("local_pci_probe", &[("pci_driver", "probe")]),
+    typed("virtio_dev_probe", &[("virtio_driver", "probe")]),
+    typed("pci_device_remove", &[("pci_driver", "remove")]),
+    typed("platform_remove", &[("platform_driver", "remove")]),
+    typed("do_one_initcall", &[("module", "init")]),
+    // fs/seq_file.c: start() and next() give pointers that are checked with IS_ERR, show() an int:
+    // the entry's own prototype must tell which.
+    Rule {
+        function: "seq_read_iter",
+        members: &[],
+        fixed: Some(Fixed::ErrorPointer),
+        interrupts: Some(true),
+    },
+    Rule {
+        function: "traverse",
+        members: &[],
+        fixed: Some(Fixed::ErrorPointer),
+        interrupts: Some(true),
+    },
+    // fs/namei.c: lookup() is checked with IS_ERR.
+    Rule {
+        function: "__lookup_slow",
+        members: &[("inode_operations", "lookup")],
+        fixed: Some(Fixed::ErrorPointer),
+        interrupts: Some(true),
+    },
+    // fs/fs_context.c: mount() is checked with IS_ERR.
+    Rule {
+        function: "legacy_get_tree",
+        members: &[("file_system_type", "mount")],
+        fixed: Some(Fixed::ErrorPointer),
+        interrupts: Some(true),
+    },
+    // Block and network.
+    typed("blk_mq_dispatch_rq_list", &[("blk_mq_ops", "queue_rq")]),
+    typed("__blk_mq_issue_directly", &[("blk_mq_ops", "queue_rq")]),
+    typed("dev_hard_start_xmit", &[("net_device_ops", "ndo_start_xmit")]),
+    typed("__dev_open", &[("net_device_ops", "ndo_open")]),
+    fixed(
+        "__napi_poll",
+        Fixed::Number(0, "0", "a poll that did less than its budget is taken off the list"),
+        Some(true),
+    ),
+    // Interrupts and timers.
+    Rule {
+        function: "__handle_irq_event_percpu",
+        members: &[("irqaction", "handler")],
+        fixed: Some(Fixed::Enumerator(
+            "IRQ_HANDLED",
+            "IRQ_NONE would count towards switching the line off",
+        )),
+        interrupts: Some(false),
+    },
+    Rule {
+        function: "irq_thread_fn",
+        members: &[("irqaction", "thread_fn")],
+        fixed: Some(Fixed::Enumerator("IRQ_HANDLED", "the threaded handler is done")),
+        interrupts: Some(true),
+    },
+    Rule {
+        function: "__hrtimer_run_queues",
+        members: &[("hrtimer", "function")],
+        fixed: Some(Fixed::Enumerator("HRTIMER_NORESTART", "the timer ends")),
+        interrupts: None,
+    },
+    // call_timer_fn() runs TIMER_IRQSAFE timers with interrupts off, all others with interrupts on.
+    fixed("call_timer_fn", Fixed::Nothing, None),
+    fixed("tasklet_action_common", Fixed::Nothing, Some(true)),
+    fixed("irq_work_single", Fixed::Nothing, None),
+    fixed("__flush_smp_call_function_queue", Fixed::Nothing, Some(false)),
+    // On the calling CPU itself the function is called directly, with interrupts off.
+    fixed("generic_exec_single", Fixed::Nothing, Some(false)),
+    fixed("smp_call_function_many_cond", Fixed::Nothing, Some(false)),
+    fixed("rcu_do_batch", Fixed::Nothing, Some(true)),
+    // __do_softirq() was split by "softirq: Fix suspicious RCU usage in __do_softirq()" (v6.9, also
+    // in the 6.1 stable series): both names are there since then.
+    fixed("__do_softirq", Fixed::Nothing, Some(true)),
+    fixed("handle_softirqs", Fixed::Nothing, Some(true)),
+    // Kernel threads.
+    fixed("process_one_work", Fixed::Nothing, Some(true)),
+    fixed("kthread_worker_fn", Fixed::Nothing, Some(true)),
+    fixed("task_work_run", Fixed::Nothing, Some(true)),
+    fixed(
+        "kthread",
+        Fixed::Number(-5, "-EIO", "the thread ends; kthread_stop() reports the number"),
+        Some(true),
+    ),
+    // kernel/notifier.c: a negative errno has bit 15 (NOTIFY_STOP_MASK) set and would stop the
+    // chain.
+    fixed(
+        "notifier_call_chain",
+        Fixed::Number(0, "NOTIFY_DONE", "the driver takes no part in this event"),
+        None,
+    ),
+    // mm/vmscan.c: SHRINK_STOP and SHRINK_EMPTY are not zero.
+    fixed(
+        "do_shrink_slab",
+        Fixed::Number(0, "0", "nothing to shrink or nothing shrunk"),
+        Some(true),
+    ),
+];
+
+/// What is known of a caller.
+pub(crate) fn rule(function: &str) -> Option<&'static Rule> {
+    RULES.iter().find(|rule| rule.function == function)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn each_function_has_one_rule() {
+        let names: HashSet<_> = RULES.iter().map(|rule| rule.function).collect();
+        assert_eq!(names.len(), RULES.len());
+    }
+
+    #[test]
+    fn hard_interrupts_return_with_interrupts_off() {
+        assert_eq!(rule("__handle_irq_event_percpu").unwrap().interrupts, Some(false));
+        assert_eq!(rule("vfs_write").unwrap().interrupts, Some(true));
+        assert!(rule("no_such_function").is_none());
+    }
+}

@@ -1,0 +1,39 @@
+//! A diagnosis goes in; a plan comes out, and is applied to a machine with every write journaled.
+//! Writes to a guest only in `apply.rs`; decides nothing about what crashed.
+#![forbid(unsafe_code)]
+
+mod action;
+mod activity;
+mod apply;
+mod boundaries;
+mod counts;
+mod driver;
+mod entries;
+mod error;
+mod error_return;
+mod guest_call;
+mod guest_struct;
+mod journal;
+mod locks;
+mod plan;
+mod policy;
+mod probation;
+mod process;
+mod refusal;
+mod strikes;
+#[cfg(test)]
+mod testing;
+mod values;
+
+pub use action::{Action, Expected, SavedWord};
+pub use apply::{Applied, apply};
+pub use error::Error;
+pub use journal::{Deed, Entry, Journal};
+pub use plan::{Plan, Rung, Situation, plan};
+pub use policy::{FreshWay, Policy, WhenRefused};
+pub use probation::{Probation, Vital};
+pub use refusal::{Reason, Refusal};
+pub use strikes::Strikes;
+pub use values::Value;
+
+pub(crate) use strikes::Standing;

@@ -1,0 +1,370 @@
+//! The plan: which rung of the ladder is taken, its steps, and why not more and not less. Made from
+//! a diagnosis by a pure function: guest memory is read, nothing is written.
+
+use std::fmt;
+
+use std::time::Duration;
+
+use diagnose::{Diagnosis, Offender};
+use guest::{GuestVirt, Registers, Vcpu, VirtMemory};
+use repair_image::RepairImage;
+use serde::Serialize;
+
+use crate::{Action, Policy, Reason, Refusal, Standing, Strikes, driver, error_return, process};
+
+/// A rung of the recovery ladder that repairs in place.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Rung {
+    /// Rung 1: return an error out of the driver.
+    ReturnError,
+    /// Rung 2: every entry point of the driver fails cleanly from now on.
+    QuarantineDriver,
+    /// Rung 3: the process ends through the kernel's own exit path.
+    QuarantineProcess,
+}
+
+impl Rung {
+    /// All rungs, from the bottom.
+    pub const ALL: [Rung; 3] = [Self::ReturnError, Self::QuarantineDriver, Self::QuarantineProcess];
+
+    /// Number on the ladder.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::ReturnError => 1,
+            Self::QuarantineDriver => 2,
+            Self::QuarantineProcess => 3,
+        }
+    }
+}
+
+impl fmt::Display for Rung {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words = match self {
+            Self::ReturnError => "return an error",
+            Self::QuarantineDriver => "quarantine the driver",
+            Self::QuarantineProcess => "quarantine the process",
+        };
+        write!(f, "rung {} ({words})", self.number())
+    }
+}
+
+/// What a plan is made from. Everything is read only.
+pub struct Situation<'a> {
+    /// The diagnosis.
+    pub diagnosis: &'a Diagnosis,
+    /// The repair image in use.
+    pub image: &'a RepairImage,
+    /// The kernel's memory, guest-virtual.
+    pub memory: &'a dyn VirtMemory,
+    /// Registers of all vCPUs, by vCPU number; none may stand where code is patched.
+    pub vcpus: &'a [Registers],
+}
+
+/// Steps of one rung.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Steps {
+    /// In the order of execution.
+    pub(crate) actions: Vec<Action>,
+    /// What a person should know.
+    pub(crate) notes: Vec<String>,
+}
+
+/// What would be done about a crash.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// The rung taken; `None` when all are refused and the crash takes its stock course.
+    pub rung: Option<Rung>,
+    /// Title of the crash.
+    pub title: String,
+    /// Signature of the crash.
+    pub signature: String,
+    /// Steps, in the order of execution.
+    pub actions: Vec<Action>,
+    /// Rungs not taken, from the bottom, and why.
+    pub refused: Vec<Refusal>,
+    /// What is lost, and what was assumed.
+    pub notes: Vec<String>,
+    /// What the guest loses, in words.
+    pub loss: String,
+    /// vCPU that crashed; guest functions are called on it.
+    pub vcpu: Vcpu,
+    /// Guest-virtual address of that vCPU's preempt count; it is raised while calls are made.
+    pub preempt_count_at: Option<GuestVirt>,
+    /// Longest time that calls into the guest may take, milliseconds.
+    pub limit_ms: u64,
+}
+
+impl Plan {
+    /// Whether code of the guest's kernel is called, for which fresh memory is needed.
+    #[must_use]
+    pub fn calls_guest(&self) -> bool {
+        self.actions.iter().any(|action| matches!(action, Action::CallGuest { .. }))
+    }
+
+    /// Longest time that calls into the guest may take.
+    #[must_use]
+    pub fn limit(&self) -> Duration {
+        Duration::from_millis(self.limit_ms)
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "crash: {}", self.title)?;
+        match self.rung {
+            Some(rung) => writeln!(f, "plan:  {rung}; the guest loses {}", self.loss)?,
+            None => writeln!(f, "plan:  none; the crash takes its stock course")?,
+        }
+        for (index, action) in self.actions.iter().enumerate() {
+            writeln!(f, "  {:>2}. {action}", index + 1)?;
+        }
+        for refusal in &self.refused {
+            writeln!(f, "why not {}: {}", refusal.rung, refusal.text)?;
+        }
+        for note in &self.notes {
+            writeln!(f, "note: {note}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Decides what to do about a crash. `strikes` must not count this crash yet. Reads only.
+#[must_use]
+pub fn plan(situation: &Situation<'_>, policy: &Policy, strikes: &Strikes) -> Plan {
+    let standing = strikes.standing(situation.diagnosis, policy);
+    let mut refused = Vec::new();
+    for rung in order(situation.diagnosis, &standing) {
+        match attempt(situation, policy, &standing, rung) {
+            Ok(steps) => return taken(situation, rung, steps, refused, &standing, policy),
+            Err(reason) => refused.push(Refusal::new(rung, reason)),
+        }
+    }
+    finish(situation, policy, None, Steps::default(), refused)
+}
+
+fn finish(
+    situation: &Situation<'_>,
+    policy: &Policy,
+    rung: Option<Rung>,
+    steps: Steps,
+    mut refused: Vec<Refusal>,
+) -> Plan {
+    refused.sort_by_key(|refusal| refusal.rung);
+    Plan {
+        rung,
+        title: situation.diagnosis.title.clone(),
+        signature: situation.diagnosis.signature.clone(),
+        actions: steps.actions,
+        refused,
+        notes: steps.notes,
+        loss: rung.map_or_else(|| "everything".to_owned(), |rung| loss(situation, rung)),
+        vcpu: situation.diagnosis.vcpu,
+        preempt_count_at: situation.diagnosis.context.preempt_count_at,
+        limit_ms: policy.max_downtime_ms,
+    }
+}
+
+/// Rungs in the order in which they are tried. A driver whose strikes are used up is quarantined if
+/// that can be done; if not, an error return is still better than a crash.
+fn order(diagnosis: &Diagnosis, standing: &Standing) -> Vec<Rung> {
+    match diagnosis.offender {
+        Some(Offender::Driver { .. }) if standing.escalate() => {
+            vec![Rung::QuarantineDriver, Rung::ReturnError, Rung::QuarantineProcess]
+        }
+        _ => Rung::ALL.to_vec(),
+    }
+}
+
+fn attempt(
+    situation: &Situation<'_>,
+    policy: &Policy,
+    standing: &Standing,
+    rung: Rung,
+) -> Result<Steps, Reason> {
+    if !policy.rungs.contains(&rung) {
+        return Err(Reason::NotAllowed);
+    }
+    match (rung, situation.diagnosis.offender.as_ref()) {
+        (_, None) => Err(Reason::NoOffender),
+        (Rung::ReturnError, Some(Offender::Driver { .. })) => {
+            if standing.escalate() && !policy.return_error_when_quarantine_fails {
+                return Err(standing.why());
+            }
+            error_return::steps(situation, policy)
+        }
+        (Rung::QuarantineDriver, Some(Offender::Driver { module, .. })) => {
+            driver::steps(situation, policy, standing, module)
+        }
+        (Rung::QuarantineProcess, Some(Offender::Driver { .. } | Offender::Process { .. })) => {
+            process::steps(situation, policy)
+        }
+        (Rung::QuarantineProcess, Some(_)) => Err(Reason::OtherOffender { wanted: "process" }),
+        (_, Some(_)) => Err(Reason::OtherOffender { wanted: "driver" }),
+    }
+}
+
+fn taken(
+    situation: &Situation<'_>,
+    rung: Rung,
+    steps: Steps,
+    mut refused: Vec<Refusal>,
+    standing: &Standing,
+    policy: &Policy,
+) -> Plan {
+    for other in Rung::ALL {
+        if other != rung && !refused.iter().any(|refusal| refusal.rung == other) {
+            let reason = not_tried(situation, rung, other, standing, policy);
+            refused.push(Refusal::new(other, reason));
+        }
+    }
+    finish(situation, policy, Some(rung), steps, refused)
+}
+
+/// Why a rung was not even tried.
+fn not_tried(
+    situation: &Situation<'_>,
+    taken: Rung,
+    other: Rung,
+    standing: &Standing,
+    policy: &Policy,
+) -> Reason {
+    if other < taken {
+        return standing.why();
+    }
+    match &situation.diagnosis.offender {
+        Some(Offender::Driver { module, .. })
+            if other == Rung::QuarantineDriver && !standing.escalate() =>
+        {
+            Reason::StrikesLeft {
+                module: module.clone(),
+                strikes: standing.strikes,
+                limit: policy.strikes,
+            }
+        }
+        _ => Reason::NotNeeded,
+    }
+}
+
+fn loss(situation: &Situation<'_>, rung: Rung) -> String {
+    match (rung, &situation.diagnosis.offender, &situation.diagnosis.task) {
+        (Rung::ReturnError, ..) => "one call".to_owned(),
+        (Rung::QuarantineDriver, Some(Offender::Driver { module, .. }), _) => {
+            format!("the driver {module}")
+        }
+        (Rung::QuarantineProcess, _, Some(task)) => {
+            format!("the process {} (pid {})", task.comm, task.tgid)
+        }
+        _ => "what the rung quarantines".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use diagnose::ResourceKind;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::Scene;
+
+    fn plan_of(scene: &Scene, diagnosis: &Diagnosis, policy: &Policy) -> Plan {
+        let space = scene.machine.space();
+        let situation = Situation { diagnosis, image: &scene.image, memory: &space, vcpus: &[] };
+        plan(&situation, policy, &Strikes::default())
+    }
+
+    #[test]
+    fn the_printed_plan() {
+        let scene = Scene::new();
+        let mut diagnosis = scene.diagnosis();
+        scene.hold(&mut diagnosis, &[ResourceKind::Mutex, ResourceKind::BottomHalves]);
+        let text = plan_of(&scene, &diagnosis, &Policy::default()).to_string();
+        let expected = "\
+crash: BUG: kernel NULL pointer dereference in toy_write
+plan:  rung 1 (return an error); the guest loses one call
+   1. call mutex_unlock(0xffff888000000800): mutex lock_0 was taken by toy_write, which is abandoned
+   2. write __preempt_count at 0xffff888000001020: 0x200 -> 0x0: what the abandoned frames added and no \
+unlock function takes off
+   3. set registers of vCPU 0: vfs_write continues: toy_write returns -EIO (the call fails), interrupts on
+       rax=0xfffffffffffffffb rbx=0x10 rsp=0xffffc90000003800 rbp=0x11 r12=0x12 r13=0x13 r14=0x14 \
+r15=0x15 rip=0xffffffff81000020 rflags=0x202
+why not rung 2 (quarantine the driver): not needed yet: toy has 1 of 3 strikes
+why not rung 3 (quarantine the process): not needed: a lower rung repairs it
+note: memory, references and device state that the abandoned frames had in hand are not given back
+";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn json_carries_typed_reasons_and_hex_addresses() {
+        let scene = Scene::new();
+        let mut diagnosis = scene.diagnosis();
+        diagnosis.offender = None;
+        let plan = plan_of(&scene, &diagnosis, &Policy::default());
+        assert_eq!(plan.rung, None);
+        let json = serde_json::to_value(&plan).unwrap();
+        assert_eq!(json["refused"][0]["reason"]["code"], "no_offender");
+        assert!(json["refused"][0]["text"].as_str().unwrap().contains("at fault"));
+        let plan = plan_of(&scene, &scene.diagnosis(), &Policy::default());
+        let json = serde_json::to_value(&plan).unwrap();
+        assert_eq!(json["rung"], "return_error");
+        assert_eq!(json["actions"][0]["registers"]["rip"], "0xffffffff81000020");
+    }
+
+    #[test]
+    fn the_ladder_is_climbed_only_as_far_as_needed() {
+        let scene = Scene::new();
+        let diagnosis = scene.diagnosis();
+        let mut policy = Policy::default();
+        assert_eq!(plan_of(&scene, &diagnosis, &policy).rung, Some(Rung::ReturnError));
+        policy.strikes = 1;
+        assert_eq!(plan_of(&scene, &diagnosis, &policy).rung, Some(Rung::QuarantineDriver));
+        policy.never_quarantine.push("toy".to_owned());
+        assert_eq!(plan_of(&scene, &diagnosis, &policy).rung, Some(Rung::ReturnError));
+        policy.return_error_when_quarantine_fails = false;
+        assert_eq!(plan_of(&scene, &diagnosis, &policy).rung, Some(Rung::QuarantineProcess));
+        policy.never_kill.push("worker".to_owned());
+        assert_eq!(plan_of(&scene, &diagnosis, &policy).rung, None);
+        let core = scene.core_diagnosis();
+        let plan = plan_of(&scene, &core, &Policy::default());
+        assert_eq!(plan.rung, Some(Rung::QuarantineProcess));
+        assert_eq!(plan.loss, "the process worker (pid 300)");
+    }
+
+    #[test]
+    fn a_driver_crash_without_a_boundary_costs_the_process() {
+        let scene = Scene::new();
+        let mut diagnosis = scene.diagnosis();
+        diagnosis.boundary = None;
+        let plan = plan_of(&scene, &diagnosis, &Policy::default());
+        assert_eq!(plan.rung, Some(Rung::QuarantineProcess));
+        assert_eq!(plan.refused[0].reason, Reason::NoBoundary);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn any_diagnosis_gives_a_plan(
+            words in proptest::collection::vec(any::<u64>(), 24),
+            bytes in proptest::collection::vec(any::<u8>(), 24),
+            deltas in any::<(i64, i64, i64, i64)>(),
+        ) {
+            let scene = Scene::new();
+            let diagnosis = crate::testing::wild_diagnosis(&scene, &words, &bytes, deltas);
+            let policy = Policy {
+                strikes: u32::from(bytes[0] & 3) + 1,
+                correct_preempt_count: bytes[1] & 1 == 1,
+                ..Policy::default()
+            };
+            let plan = plan_of(&scene, &diagnosis, &policy);
+            prop_assert!(plan.rung.is_some() != plan.actions.is_empty());
+            prop_assert!(!plan.to_string().is_empty());
+            prop_assert!(serde_json::to_string(&plan).is_ok());
+        }
+    }
+}

@@ -1,0 +1,583 @@
+//! A small hand-made kernel in a fake machine, and diagnoses of it, for the tests of this crate.
+//! Layouts are this file's own and unlike any real kernel's. No test itself.
+
+pub(crate) mod double;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use diagnose::{
+    Boundary, Confirmation, Context, CrashClass, Diagnosis, ExecutionContext, Frame, FrameEffects,
+    Held, Offender, ResourceKind, Task, Trust, UnwindEnd,
+};
+use guest::fake::{FakeMachine, PageSize};
+use guest::{CodeAddress, GuestPhys, GuestVirt, Hook, HookKind, LinkAddr, Reg, Registers, Vcpu};
+use repair_image::{
+    Knowledge, KnowledgeParts, Member, Module, Parameter, Placement, Prototype, RepairImage,
+    SymbolKind, TypeShape, Types,
+};
+
+/// Types made by hand.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FakeTypes {
+    members: HashMap<(&'static str, &'static str), (u64, u64)>,
+    sizes: HashMap<&'static str, u64>,
+    enumerators: HashMap<&'static str, i64>,
+    prototypes: HashMap<(&'static str, &'static str), TypeShape>,
+}
+
+impl FakeTypes {
+    /// A little Linux.
+    pub(crate) fn linux() -> Self {
+        let mut types = Self::default();
+        let regs = [
+            "r15", "r14", "r13", "r12", "bp", "bx", "r11", "r10", "r9", "r8", "ax", "cx", "dx",
+            "si", "di", "orig_ax", "ip", "cs", "flags", "sp", "ss",
+        ];
+        for (index, name) in regs.into_iter().enumerate() {
+            types.members.insert(("pt_regs", name), (index as u64 * 8, 8));
+        }
+        types.sizes.insert("pt_regs", 168);
+        for (index, name) in ["flags", "__state", "pagefault_disabled"].into_iter().enumerate() {
+            types.members.insert(("task_struct", name), (0x40 + index as u64 * 4, 4));
+        }
+        for (index, name) in ["mm", "stack", "journal_info", "plug"].into_iter().enumerate() {
+            types.members.insert(("task_struct", name), (0x60 + index as u64 * 8, 8));
+        }
+        for (index, name) in
+            ["owner", "open", "write", "read", "release", "unlocked_ioctl"].into_iter().enumerate()
+        {
+            types.members.insert(("file_operations", name), (index as u64 * 8, 8));
+        }
+        types.sizes.insert("file_operations", 48);
+        types.members.insert(("module", "exit"), (0x28, 8));
+        types.members.insert(("module", "init"), (0x20, 8));
+        types.members.insert(("module", "refcnt"), (0x30, 4));
+        types.members.insert(("rq", "nr_switches"), (0x10, 8));
+        for (structure, path, offset, size) in [
+            ("seq_operations", "start", 0, 8),
+            ("seq_operations", "stop", 8, 8),
+            ("seq_operations", "next", 16, 8),
+            ("seq_operations", "show", 24, 8),
+            ("module", "ftrace_callsites", 0x40, 8),
+            ("module", "num_ftrace_callsites", 0x38, 4),
+            ("timer_base", "vectors", 0x40, 64),
+            ("timer_list", "entry", 8, 16),
+            ("timer_list", "function", 24, 8),
+            ("xarray", "xa_head", 8, 8),
+            ("xa_node", "slots", 0x28, 64 * 8),
+            ("irq_desc", "irq_data.irq", 0, 4),
+            ("irq_desc", "irq_data.chip", 8, 8),
+            ("irq_desc", "action", 0x10, 8),
+            ("irq_chip", "irq_bus_lock", 0, 8),
+            ("irqaction", "handler", 0, 8),
+            ("irqaction", "thread_fn", 8, 8),
+            ("irqaction", "next", 16, 8),
+        ] {
+            types.members.insert((structure, path), (offset, size));
+        }
+        types.sizes.insert("timer_base", 0x80);
+        types.sizes.insert("module", 0x80);
+        types.enumerators.extend([
+            ("IRQ_NONE", 0),
+            ("IRQ_HANDLED", 1),
+            ("HRTIMER_NORESTART", 0),
+            ("HRTIMER_RESTART", 1),
+            ("VM_FAULT_SIGBUS", 2),
+            ("NETDEV_TX_OK", 0),
+        ]);
+        let ssize = int("ssize_t", 8, true);
+        let number = int("int", 4, true);
+        types.prototypes.extend([
+            (("file_operations", "write"), ssize.clone()),
+            (("file_operations", "read"), ssize),
+            (("file_operations", "open"), number.clone()),
+            (("file_operations", "release"), number),
+            (("file_operations", "unlocked_ioctl"), int("long", 8, true)),
+            (("seq_operations", "start"), TypeShape::Pointer { to: None }),
+        ]);
+        types
+    }
+
+    fn offset(&self, structure: &str, path: &str) -> u64 {
+        let found = self.members.iter().find(|(key, _)| **key == (structure, path));
+        found.expect("member of the fake kernel").1.0
+    }
+}
+
+impl Types for FakeTypes {
+    fn member(&self, structure: &str, path: &str) -> Option<Member> {
+        let found = self.members.iter().find(|(key, _)| **key == (structure, path))?;
+        let (offset, size) = *found.1;
+        Some(Member { offset, size, bits: None, shape: TypeShape::Other })
+    }
+
+    fn size_of(&self, name: &str) -> Option<u64> {
+        self.sizes.get(name).copied()
+    }
+
+    fn enumerator(&self, name: &str) -> Option<i64> {
+        self.enumerators.get(name).copied()
+    }
+
+    fn prototype(&self, _function: &str) -> Option<Prototype> {
+        None
+    }
+
+    fn member_prototype(&self, structure: &str, path: &str) -> Option<Prototype> {
+        let found = self.prototypes.iter().find(|(key, _)| **key == (structure, path))?;
+        Some(prototype(found.1.clone()))
+    }
+}
+
+/// A function of one pointer.
+pub(crate) fn prototype(returns: TypeShape) -> Prototype {
+    let shape = TypeShape::Pointer { to: None };
+    Prototype { returns, parameters: vec![Parameter { name: "p".to_owned(), shape }] }
+}
+
+/// An integer type.
+pub(crate) fn int(name: &str, size: u8, signed: bool) -> TypeShape {
+    TypeShape::Int { name: name.to_owned(), size, signed }
+}
+
+/// An enumeration.
+pub(crate) fn tagged(tag: &str) -> TypeShape {
+    TypeShape::Enum { name: format!("{tag}_t"), tag: tag.to_owned(), size: 4 }
+}
+
+/// Effects of frame 1 holding these, all confirmed.
+pub(crate) fn effects(kinds: &[ResourceKind]) -> FrameEffects {
+    let mut effects = FrameEffects::default();
+    for (index, &kind) in kinds.iter().enumerate() {
+        effects.preempt_delta += crate::counts::preempt_share(kind);
+        effects.rcu_delta += i64::from(kind == ResourceKind::Rcu);
+        let has_lock = !matches!(
+            kind,
+            ResourceKind::Rcu
+                | ResourceKind::BottomHalves
+                | ResourceKind::Preemption
+                | ResourceKind::Interrupts
+        );
+        effects.held.push(Held {
+            kind,
+            lock: has_lock.then(|| DATA + 0x800 + index as u64 * 64),
+            name: has_lock.then(|| format!("lock_{index}")),
+            frame: 1,
+            taken_at: MODULE_TEXT + 0x20,
+            confirmed: if has_lock { Confirmation::Confirmed } else { Confirmation::NotApplicable },
+            saved_interrupts: None,
+        });
+    }
+    effects
+}
+
+/// A context of CPU 0.
+pub(crate) fn context(kind: ExecutionContext, preempt_count: u32) -> Context {
+    Context {
+        kind,
+        cpu: Some(0),
+        preempt_count: Some(preempt_count),
+        preempt_count_at: Some(PREEMPT_COUNT),
+        interrupts_enabled: Some(true),
+        rcu_nesting: Some(0),
+        idle: false,
+    }
+}
+
+/// Addresses of the fake kernel; RAM is one to one behind them, see `Scene::new`.
+pub(crate) const TEXT: GuestVirt = GuestVirt(0xffff_ffff_8100_0000);
+pub(crate) const MODULE_TEXT: GuestVirt = GuestVirt(0xffff_ffff_c000_0000);
+const MODULE_DATA: GuestVirt = GuestVirt(0xffff_ffff_c000_2000);
+const DATA: GuestVirt = GuestVirt(0xffff_8880_0000_0000);
+const STACK: GuestVirt = GuestVirt(0xffff_c900_0000_0000);
+const STACK_SIZE: u64 = 0x4000;
+const PER_CPU: GuestVirt = GuestVirt(0xffff_8880_0000_1000);
+/// Preempt count of the fake kernel's only CPU.
+pub(crate) const PREEMPT_COUNT: GuestVirt = GuestVirt(PER_CPU.0 + 0x20);
+/// RAM of the fake machine, bytes.
+pub(crate) const RAM: u64 = 8 << 20;
+
+/// Kernel functions of the fake kernel, 0x40 bytes each.
+const FUNCTIONS: [&str; 14] = [
+    "vfs_write",
+    "mutex_unlock",
+    "up_write",
+    "up_read",
+    "_raw_spin_unlock",
+    "__rcu_read_unlock",
+    "irqentry_exit",
+    "error_return",
+    "do_group_exit",
+    "rewind_stack_and_make_dead",
+    "do_something",
+    "call_timer_fn",
+    "disable_irq_nosync",
+    "timer_delete",
+];
+/// Driver functions: name, and what they return (`None` = not known).
+const DRIVER: [(&str, Option<&str>); 6] = [
+    ("toy_write", Some("ssize_t")),
+    ("toy_open", Some("int")),
+    ("toy_release", Some("int")),
+    ("toy_timer", Some("void")),
+    ("toy_helper", None),
+    ("cleanup_module", Some("void")),
+];
+
+/// The fake kernel, crashed.
+pub(crate) struct Scene {
+    pub(crate) machine: FakeMachine,
+    pub(crate) image: RepairImage,
+    types: FakeTypes,
+    /// Where vfs_write continues.
+    pub(crate) return_address: GuestVirt,
+    /// Its stack pointer.
+    pub(crate) boundary_rsp: GuestVirt,
+    /// Where an exception saved registers.
+    pub(crate) regs_at: GuestVirt,
+    /// User-mode registers at the top of the stack.
+    pub(crate) user_regs: GuestVirt,
+    /// The current task.
+    pub(crate) task: GuestVirt,
+    timers: u64,
+    lines: u64,
+}
+
+impl Scene {
+    pub(crate) fn new() -> Self {
+        let mut machine = FakeMachine::new(RAM, false);
+        let pages = |machine: &mut FakeMachine, virt: GuestVirt, phys: u64, count: u64| {
+            for page in 0..count {
+                let at = GuestPhys(phys + page * 4096);
+                machine.map(virt + page * 4096, at, PageSize::Size4K);
+            }
+        };
+        pages(&mut machine, TEXT, 0x10_0000, 4);
+        pages(&mut machine, MODULE_TEXT, 0x11_0000, 4);
+        pages(&mut machine, DATA, 0x12_0000, 4);
+        pages(&mut machine, STACK, 0x13_0000, STACK_SIZE / 4096);
+        let types = FakeTypes::linux();
+        let mut scene = Self {
+            image: image(&machine, types.clone()),
+            machine,
+            types,
+            return_address: TEXT + 0x20,
+            boundary_rsp: STACK + 0x3800,
+            regs_at: STACK + 0x3000,
+            user_regs: (STACK + STACK_SIZE).offset(-168),
+            task: DATA + 0x100,
+            timers: 0,
+            lines: 0,
+        };
+        scene.fill();
+        scene
+    }
+
+    fn fill(&mut self) {
+        let slot = self.boundary_rsp.offset(-8);
+        self.poke_word(slot, self.return_address.0);
+        self.poke_word(PER_CPU + 0x28, (STACK + STACK_SIZE).0);
+        self.set_member("task_struct", "stack", self.task, STACK.0);
+        self.set_member("task_struct", "mm", self.task, (DATA + 0x400).0);
+        self.set_member("pt_regs", "cs", self.user_regs, 0x33);
+        self.machine.poke_virt(PREEMPT_COUNT, &0x8000_0000_u32.to_le_bytes());
+        for index in 0..DRIVER.len() as u64 {
+            let nop_and_body = [0x0f, 0x1f, 0x44, 0, 0, 0x55, 0x48, 0x89, 0xe5, 0xc3];
+            self.machine.poke_virt(MODULE_TEXT + index * 0x40, &nop_and_body);
+        }
+        let module = self.image.modules[0].at;
+        self.set_member("module", "exit", module, (MODULE_TEXT + 5 * 0x40).0);
+        self.set_member("module", "refcnt", module, 1);
+        let fops = MODULE_DATA + 0x100;
+        self.set_member("file_operations", "owner", fops, module.0);
+        self.set_member("file_operations", "write", fops, MODULE_TEXT.0);
+        self.set_member("file_operations", "open", fops, (MODULE_TEXT + 0x40).0);
+        self.set_member("file_operations", "release", fops, (MODULE_TEXT + 0x80).0);
+        self.poke_word(MODULE_DATA + 0x300, (MODULE_TEXT + 0xc0).0);
+        let mut registers = Registers::unknown().with(Reg::Rflags, 2);
+        for (index, reg) in Reg::GENERAL.into_iter().enumerate() {
+            registers.set(reg, 0x700 + index as u64);
+        }
+        registers.set(Reg::Rip, (TEXT + 0x1000).0);
+        registers.set(Reg::Rsp, (STACK + 0x2000).0);
+        *self.machine.registers_mut() = registers;
+    }
+
+    /// Writes a 64-bit word.
+    pub(crate) fn poke_word(&mut self, at: GuestVirt, value: u64) {
+        self.machine.poke_virt(at, &value.to_le_bytes());
+    }
+
+    pub(crate) fn set_member(&mut self, structure: &str, path: &str, at: GuestVirt, value: u64) {
+        let member = self.types.member(structure, path).expect("member of the fake kernel");
+        let bytes = value.to_le_bytes();
+        let at = at + self.types.offset(structure, path);
+        self.machine.poke_virt(at, &bytes[..member.size as usize]);
+    }
+
+    /// A pending timer that calls `function`.
+    pub(crate) fn add_timer(&mut self, function: GuestVirt) -> GuestVirt {
+        let timer = DATA + 0x3000 + self.timers * 64;
+        let bucket = PER_CPU + 0x200 + 0x40 + self.timers * 8;
+        self.poke_word(bucket, (timer + 8).0);
+        self.set_member("timer_list", "function", timer, function.0);
+        self.timers += 1;
+        timer
+    }
+
+    /// An interrupt line with these handlers.
+    pub(crate) fn add_interrupt(&mut self, number: u64, handlers: &[GuestVirt]) {
+        let node = DATA + 0x2000;
+        let line = DATA + 0x2400 + self.lines * 0x100;
+        self.poke_word(DATA + 0xc40 + 8, node.0 | 2);
+        self.poke_word(node + 0x28 + self.lines * 8, line.0);
+        self.set_member("irq_desc", "irq_data.irq", line, number);
+        let mut link = line + 0x10;
+        for (index, handler) in handlers.iter().enumerate() {
+            let action = line + 0x40 + index as u64 * 0x20;
+            self.poke_word(link, action.0);
+            self.poke_word(action, handler.0);
+            link = action + 16;
+        }
+        self.lines += 1;
+    }
+
+    /// A NULL dereference in `toy_write`, called by `vfs_write`, that holds nothing.
+    pub(crate) fn diagnosis(&self) -> Diagnosis {
+        let mut caller = frame("vfs_write", None, CodeAddress::Return(self.return_address));
+        caller.registers = Registers::unknown()
+            .with(Reg::Rip, self.return_address.0)
+            .with(Reg::Rsp, self.boundary_rsp.0);
+        for (index, reg) in Reg::CALLEE_SAVED.into_iter().enumerate() {
+            caller.registers.set(reg, 0x10 + index as u64);
+        }
+        let mut entry = frame("toy_write", Some("toy"), CodeAddress::Exact(MODULE_TEXT + 8));
+        entry.cfa = Some(self.boundary_rsp);
+        entry.registers.set(Reg::Rsp, self.boundary_rsp.offset(-64).0);
+        let hook = frame("oops_begin", None, CodeAddress::Exact(TEXT + 0x1000));
+        let held = FrameEffects { interrupts_before: Some(true), ..FrameEffects::default() };
+        Diagnosis {
+            hook: Some(Hook { kind: HookKind::OopsBegin, at: TEXT + 0x1000 }),
+            vcpu: Vcpu(0),
+            class: Some(CrashClass::NullDereference),
+            title: "BUG: kernel NULL pointer dereference in toy_write".to_owned(),
+            signature: "null_dereference:toy_write:vfs_write".to_owned(),
+            context: context(ExecutionContext::Task, 0x8000_0000),
+            task: Some(self.user_task()),
+            frames: vec![hook, entry, caller],
+            fault_frame: 1,
+            fault_regs_at: Some(self.regs_at),
+            unwind_end: UnwindEnd::UserMode,
+            offender: Some(Offender::Driver {
+                module: "toy".to_owned(),
+                function: "toy_write".to_owned(),
+                source: None,
+            }),
+            evidence: Vec::new(),
+            explanation: None,
+            boundary: Some(Boundary {
+                frame: 2,
+                entry: 1,
+                function: "vfs_write".to_owned(),
+                prototype: Some(prototype(int("ssize_t", 8, true))),
+                effects: held,
+                outer: FrameEffects::default(),
+            }),
+            all_effects: Some(FrameEffects::default()),
+            message: None,
+        }
+    }
+
+    /// A NULL dereference in the core kernel on behalf of a process.
+    pub(crate) fn core_diagnosis(&self) -> Diagnosis {
+        let mut diagnosis = self.diagnosis();
+        diagnosis.boundary = None;
+        diagnosis.frames[1].module = None;
+        diagnosis.frames[1].function = Some("do_something".to_owned());
+        diagnosis.offender = Some(Offender::Process {
+            pid: 300,
+            tgid: 300,
+            comm: "worker".to_owned(),
+            function: "do_something".to_owned(),
+            source: None,
+        });
+        diagnosis
+    }
+
+    pub(crate) fn effects(&self, kinds: &[ResourceKind]) -> FrameEffects {
+        effects(kinds)
+    }
+
+    /// Lets the driver's frame hold these, with counts that agree.
+    pub(crate) fn hold(&self, diagnosis: &mut Diagnosis, kinds: &[ResourceKind]) {
+        let mut held = effects(kinds);
+        held.interrupts_before = Some(true);
+        let count = 0x8000_0000_u32 + u32::try_from(held.preempt_delta).expect("small");
+        diagnosis.context.preempt_count = Some(count);
+        diagnosis.context.rcu_nesting = i32::try_from(held.rcu_delta).ok();
+        diagnosis.boundary.as_mut().expect("boundary").effects = held;
+    }
+
+    /// The same crash in a timer that interrupted the idle task.
+    pub(crate) fn over_idle(&self, diagnosis: &mut Diagnosis) {
+        diagnosis.context = context(ExecutionContext::Softirq, 0x8000_0101);
+        diagnosis.context.idle = true;
+        let boundary = diagnosis.boundary.as_mut().expect("boundary");
+        boundary.function = "call_timer_fn".to_owned();
+        boundary.prototype = Some(prototype(TypeShape::Void));
+    }
+
+    fn user_task(&self) -> Task {
+        Task {
+            at: self.task,
+            comm: "worker".to_owned(),
+            pid: 300,
+            tgid: 300,
+            kernel_thread: false,
+            executable: Some("worker".to_owned()),
+            syscall: Some("write (1)".to_owned()),
+        }
+    }
+}
+
+fn frame(function: &str, module: Option<&str>, pc: CodeAddress) -> Frame {
+    Frame {
+        pc,
+        cfa: None,
+        registers: Registers::unknown(),
+        trust: Trust::Cfi,
+        module: module.map(str::to_owned),
+        function: Some(function.to_owned()),
+        function_start: None,
+        source: Vec::new(),
+        saved_at: None,
+    }
+}
+
+fn image(machine: &FakeMachine, types: FakeTypes) -> RepairImage {
+    let mut kernel = KnowledgeParts::default();
+    let link = |at: GuestVirt| LinkAddr(at.0);
+    for (index, name) in FUNCTIONS.into_iter().enumerate() {
+        let at = link(TEXT + index as u64 * 0x40);
+        kernel.symbols.push((name.to_owned(), at, 0x40, SymbolKind::Function));
+    }
+    for (name, offset) in [("cpu_current_top_of_stack", 0x28), ("runqueues", 0x80)] {
+        kernel.symbols.push((name.to_owned(), LinkAddr(offset), 8, SymbolKind::Object));
+    }
+    kernel.symbols.push(("timer_bases".to_owned(), LinkAddr(0x200), 0x80, SymbolKind::Object));
+    for (name, offset) in [
+        ("irq_desc_tree", 0xc40),
+        ("jiffies_64", 0xc00),
+        ("oops_in_progress", 0xc08),
+        ("tainted_mask", 0xc10),
+    ] {
+        kernel.symbols.push((name.to_owned(), link(DATA + offset), 8, SymbolKind::Object));
+    }
+    let mut driver = KnowledgeParts::default();
+    for (index, (name, returns)) in DRIVER.into_iter().enumerate() {
+        let at = link(MODULE_TEXT + index as u64 * 0x40);
+        driver.symbols.push((name.to_owned(), at, 0x40, SymbolKind::Function));
+        let shape = match returns {
+            Some("void") => TypeShape::Void,
+            Some("int") => int("int", 4, true),
+            Some(name) => int(name, 8, true),
+            None => continue,
+        };
+        driver.prototypes.insert(name.to_owned(), prototype(shape));
+    }
+    let module = Module {
+        name: "toy".to_owned(),
+        at: MODULE_DATA + 0x800,
+        text: vec![MODULE_TEXT..MODULE_TEXT + 0x1000],
+        ranges: vec![MODULE_TEXT..MODULE_TEXT + 0x1000, MODULE_DATA..MODULE_DATA + 0x1000],
+        sections: Vec::new(),
+        knowledge: Arc::new(Knowledge::new(driver)),
+    };
+    RepairImage {
+        kernel: Arc::new(Knowledge::new(kernel)),
+        types: Arc::new(types),
+        placement: Placement {
+            slide: 0,
+            root: machine.space().root(),
+            five_level: false,
+            text: TEXT..TEXT + 0x2000,
+            per_cpu: vec![PER_CPU.0],
+        },
+        modules: vec![module],
+    }
+}
+
+/// A diagnosis in which anything may be wrong: numbers from `words`, choices from `bytes`.
+pub(crate) fn wild_diagnosis(
+    scene: &Scene,
+    words: &[u64],
+    bytes: &[u8],
+    deltas: (i64, i64, i64, i64),
+) -> Diagnosis {
+    let word = |index: usize| words.get(index).copied().unwrap_or(0);
+    let byte = |index: usize| bytes.get(index).copied().unwrap_or(0);
+    let choose = |index: usize, of: u8| byte(index) % of;
+    let mut diagnosis = if choose(2, 4) == 0 { scene.core_diagnosis() } else { scene.diagnosis() };
+    let kinds = [
+        ResourceKind::Mutex,
+        ResourceKind::SpinlockBh,
+        ResourceKind::Rcu,
+        ResourceKind::Preemption,
+        ResourceKind::RwsemRead,
+    ];
+    let mut held = effects(&kinds[..usize::from(choose(3, 6)).min(kinds.len())]);
+    if choose(4, 2) == 0 {
+        (held.preempt_delta, held.rcu_delta) = (deltas.0, deltas.1);
+    }
+    for (index, held) in held.held.iter_mut().enumerate() {
+        match choose(5 + index, 5) {
+            0 => held.lock = Some(GuestVirt(word(index))),
+            1 => held.confirmed = Confirmation::Unknown,
+            2 => held.frame = word(index) as usize,
+            _ => {}
+        }
+    }
+    held.interrupts_before = [None, Some(true), Some(false)][usize::from(choose(10, 3))];
+    let outer = FrameEffects {
+        preempt_delta: if choose(11, 3) == 0 { deltas.2 } else { 0 },
+        rcu_delta: if choose(12, 3) == 0 { deltas.3 } else { 0 },
+        ..FrameEffects::default()
+    };
+    if let Some(boundary) = diagnosis.boundary.as_mut() {
+        boundary.effects = held.clone();
+        boundary.outer = outer;
+        if choose(13, 4) == 0 {
+            (boundary.frame, boundary.entry) = (word(5) as usize, word(6) as usize);
+        }
+        if choose(14, 3) == 0 {
+            boundary.prototype = None;
+        }
+    }
+    diagnosis.all_effects = Some(held);
+    let kinds = [
+        ExecutionContext::Task,
+        ExecutionContext::Softirq,
+        ExecutionContext::Hardirq,
+        ExecutionContext::Nmi,
+    ];
+    diagnosis.context = context(kinds[usize::from(choose(15, 4))], word(7) as u32 & 0x8000_0703);
+    diagnosis.context.idle = choose(16, 2) == 0;
+    diagnosis.context.cpu = Some(usize::from(choose(17, 3)));
+    if choose(18, 3) == 0 {
+        diagnosis.fault_frame = word(8) as usize;
+        diagnosis.fault_regs_at = Some(GuestVirt(word(9)));
+    }
+    if choose(19, 3) == 0
+        && let Some(frame) = diagnosis.frames.last_mut()
+    {
+        frame.registers.set(Reg::Rsp, word(10));
+        frame.pc = CodeAddress::Return(GuestVirt(word(11)));
+    }
+    if choose(20, 4) == 0
+        && let Some(task) = diagnosis.task.as_mut()
+    {
+        task.at = GuestVirt(word(12));
+    }
+    diagnosis
+}

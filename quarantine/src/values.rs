@@ -1,0 +1,252 @@
+//! Which value tells a caller "this failed" (or "I did nothing"), by type: for returning out of a
+//! driver and for functions made to fail. One documented table; a type not in it is refused.
+
+use std::fmt;
+
+use repair_image::{TypeShape, Types};
+use serde::Serialize;
+
+use crate::Reason;
+use crate::boundaries::{Fixed, Rule};
+
+/// `EIO`, include/uapi/asm-generic/errno-base.h.
+const EIO: i64 = 5;
+/// `ENODEV`, include/uapi/asm-generic/errno-base.h.
+const ENODEV: i64 = 19;
+/// `EPOLLERR | EPOLLHUP`, include/uapi/linux/eventpoll.h (macros, so no type information has them).
+const POLL_ERROR: i64 = 0x8 | 0x10;
+/// `BLK_STS_IOERR`, include/linux/blk_types.h (a macro).
+const BLK_STS_IOERR: i64 = 10;
+
+/// A value to return.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Value {
+    /// Number for rax, sign-extended; `None` for a function that returns nothing.
+    pub number: Option<i64>,
+    /// The value as a kernel developer writes it.
+    pub name: String,
+    /// Why this value.
+    pub why: String,
+}
+
+impl Value {
+    fn new(number: i64, name: &str, why: &str) -> Self {
+        Self { number: Some(number), name: name.to_owned(), why: why.to_owned() }
+    }
+
+    pub(crate) fn nothing(why: &str) -> Self {
+        Self { number: None, name: "nothing".to_owned(), why: why.to_owned() }
+    }
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "return {}", self.name)
+    }
+}
+
+/// What an entry point is made to fail as, once its driver is quarantined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Brings a device into use: open, probe. Fails with `-ENODEV`.
+    Open,
+    /// Gives it back: release, remove, stop. Must look successful, or the caller would try again.
+    Release,
+    /// Walks a sequence: `struct seq_operations`. Its start is its end from now on.
+    Sequence,
+    /// Anything else.
+    Work,
+}
+
+/// The value that hands an error to `caller`, which called `entry`, a function that returns
+/// `returns`.
+pub(crate) fn error_for_caller(
+    returns: Option<&TypeShape>,
+    caller: &str,
+    entry: &str,
+    rule: Option<&Rule>,
+    types: &dyn Types,
+) -> Result<Value, Reason> {
+    if returns == Some(&TypeShape::Void) {
+        return Ok(Value::nothing("the function returns nothing"));
+    }
+    let checks_pointers = rule.is_some_and(|rule| rule.fixed == Some(Fixed::ErrorPointer));
+    match rule.and_then(|rule| rule.fixed) {
+        Some(Fixed::Nothing) => {
+            return Ok(Value::nothing("the caller expects nothing"));
+        }
+        Some(Fixed::Number(number, name, why)) => return Ok(Value::new(number, name, why)),
+        Some(Fixed::Enumerator(name, why)) => return enumerator(types, name, why),
+        Some(Fixed::ErrorPointer) | None => {}
+    }
+    let member = rule
+        .and_then(|rule| rule.members.iter().find_map(|m| types.member_prototype(m.0, m.1)))
+        .map(|prototype| prototype.returns);
+    let shape = returns.or(member.as_ref()).ok_or_else(|| Reason::UnknownReturnType {
+        function: caller.to_owned(),
+        entry: entry.to_owned(),
+    })?;
+    if let TypeShape::Pointer { .. } = shape
+        && checks_pointers
+    {
+        return Ok(Value::new(
+            -EIO,
+            "ERR_PTR(-EIO)",
+            "the caller checks the pointer with IS_ERR()",
+        ));
+    }
+    by_type(shape, types, Role::Work, caller)
+}
+
+/// The value that an entry point of a quarantined driver returns from now on.
+pub(crate) fn stub_value(
+    returns: &TypeShape,
+    function: &str,
+    role: Role,
+    types: &dyn Types,
+) -> Result<Value, Reason> {
+    match (returns, role) {
+        (TypeShape::Enum { tag, .. }, _) if tag == "irqreturn" => enumerator(
+            types,
+            "IRQ_NONE",
+            "the device is no longer served: others on the line are asked, and the kernel switches a \
+             screaming line off",
+        ),
+        (TypeShape::Pointer { .. }, Role::Sequence) => {
+            Ok(Value::new(0, "NULL", "the sequence is at its end"))
+        }
+        (TypeShape::Int { signed: true, size: 4 | 8, .. }, Role::Release) => {
+            Ok(Value::new(0, "0", "giving back must look successful"))
+        }
+        (TypeShape::Int { name, signed: true, size: 4 | 8 }, Role::Open) if name != "ssize_t" => {
+            Ok(Value::new(-ENODEV, "-ENODEV", "the device is no longer there"))
+        }
+        _ => by_type(returns, types, role, function),
+    }
+}
+
+fn by_type(
+    shape: &TypeShape,
+    types: &dyn Types,
+    role: Role,
+    function: &str,
+) -> Result<Value, Reason> {
+    let refused = || Reason::NoErrorValue { shape: describe(shape), function: function.to_owned() };
+    match shape {
+        TypeShape::Void => Ok(Value::nothing("the function returns nothing")),
+        TypeShape::Bool => Ok(Value::new(0, "false", "nothing was done")),
+        TypeShape::Int { name, .. } if name == "__poll_t" => {
+            Ok(Value::new(POLL_ERROR, "EPOLLERR | EPOLLHUP", "poll() reports an error"))
+        }
+        TypeShape::Int { name, .. } if name == "vm_fault_t" => {
+            enumerator(types, "VM_FAULT_SIGBUS", "the access to the mapping fails with SIGBUS")
+        }
+        TypeShape::Int { name, .. } if name == "blk_status_t" => {
+            Ok(Value::new(BLK_STS_IOERR, "BLK_STS_IOERR", "the request fails with an I/O error"))
+        }
+        TypeShape::Int { signed: true, size: 4 | 8, .. } => {
+            let why = if role == Role::Open { "it cannot be opened" } else { "the call fails" };
+            Ok(Value::new(-EIO, "-EIO", why))
+        }
+        TypeShape::Enum { tag, .. } => match tag.as_str() {
+            "irqreturn" => enumerator(types, "IRQ_HANDLED", "the interrupt counts as served"),
+            "hrtimer_restart" => enumerator(types, "HRTIMER_NORESTART", "the timer ends"),
+            "netdev_tx" => enumerator(
+                types,
+                "NETDEV_TX_OK",
+                "the packet is lost; NETDEV_TX_BUSY would send it again at once",
+            ),
+            _ => Err(refused()),
+        },
+        _ => Err(refused()),
+    }
+}
+
+fn enumerator(types: &dyn Types, name: &str, why: &str) -> Result<Value, Reason> {
+    let number = types.enumerator(name).ok_or_else(|| Reason::NoErrorValue {
+        shape: format!("the enumeration of {name}"),
+        function: "this kernel".to_owned(),
+    })?;
+    Ok(Value::new(number, name, why))
+}
+
+/// The type in C, as far as it matters.
+pub(crate) fn describe(shape: &TypeShape) -> String {
+    match shape {
+        TypeShape::Void => "void".to_owned(),
+        TypeShape::Bool => "bool".to_owned(),
+        TypeShape::Int { name, .. } | TypeShape::Aggregate { name, .. } => name.clone(),
+        TypeShape::Enum { tag, .. } => format!("enum {tag}"),
+        TypeShape::Pointer { to: Some(to) } => format!("{to} *"),
+        TypeShape::Pointer { to: None } => "pointer".to_owned(),
+        _ => "an unusual type".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boundaries::rule;
+    use crate::testing::{FakeTypes, int, tagged};
+
+    fn value(returns: Option<TypeShape>, caller: &str) -> Result<Option<i64>, Reason> {
+        let types = FakeTypes::linux();
+        error_for_caller(returns.as_ref(), caller, "f", rule(caller), &types).map(|v| v.number)
+    }
+
+    #[test]
+    fn the_table_of_returned_errors() {
+        assert_eq!(value(Some(int("ssize_t", 8, true)), "vfs_write"), Ok(Some(-5)));
+        assert_eq!(value(Some(int("int", 4, true)), "do_dentry_open"), Ok(Some(-5)));
+        assert_eq!(value(Some(TypeShape::Void), "somewhere"), Ok(None));
+        assert_eq!(value(Some(TypeShape::Bool), "somewhere"), Ok(Some(0)));
+        assert_eq!(value(Some(int("__poll_t", 4, false)), "do_sys_poll"), Ok(Some(0x18)));
+        assert_eq!(value(Some(int("vm_fault_t", 4, false)), "__do_fault"), Ok(Some(2)));
+        assert_eq!(
+            value(Some(int("blk_status_t", 1, false)), "blk_mq_dispatch_rq_list"),
+            Ok(Some(10))
+        );
+        assert_eq!(value(Some(tagged("netdev_tx")), "dev_hard_start_xmit"), Ok(Some(0)));
+        assert_eq!(value(None, "__handle_irq_event_percpu"), Ok(Some(1)));
+        assert_eq!(value(None, "__hrtimer_run_queues"), Ok(Some(0)));
+        assert_eq!(value(None, "call_timer_fn"), Ok(None));
+        assert_eq!(value(None, "kthread"), Ok(Some(-5)));
+        assert_eq!(value(Some(int("int", 4, true)), "__napi_poll"), Ok(Some(0)));
+        assert_eq!(value(Some(int("int", 4, true)), "notifier_call_chain"), Ok(Some(0)));
+    }
+
+    #[test]
+    fn pointers_only_where_the_caller_checks_them() {
+        let pointer = TypeShape::Pointer { to: None };
+        assert_eq!(value(Some(pointer.clone()), "seq_read_iter"), Ok(Some(-5)));
+        assert_eq!(value(Some(int("int", 4, true)), "seq_read_iter"), Ok(Some(-5)));
+        assert!(matches!(value(Some(pointer), "vfs_write"), Err(Reason::NoErrorValue { .. })));
+    }
+
+    #[test]
+    fn without_a_prototype_the_member_tells() {
+        assert_eq!(value(None, "vfs_write"), Ok(Some(-5)));
+        assert!(matches!(value(None, "anything"), Err(Reason::UnknownReturnType { .. })));
+        assert!(matches!(value(None, "seq_read_iter"), Err(Reason::UnknownReturnType { .. })));
+    }
+
+    #[test]
+    fn unsigned_numbers_are_refused() {
+        let shape = int("unsigned long", 8, false);
+        assert!(matches!(value(Some(shape), "anything"), Err(Reason::NoErrorValue { .. })));
+    }
+
+    #[test]
+    fn stubs_differ_by_role() {
+        let types = FakeTypes::linux();
+        let stub = |shape: &TypeShape, role| stub_value(shape, "f", role, &types).unwrap().number;
+        assert_eq!(stub(&int("int", 4, true), Role::Open), Some(-19));
+        assert_eq!(stub(&int("int", 4, true), Role::Release), Some(0));
+        assert_eq!(stub(&int("ssize_t", 8, true), Role::Work), Some(-5));
+        assert_eq!(stub(&tagged("irqreturn"), Role::Work), Some(0));
+        assert_eq!(stub(&TypeShape::Void, Role::Release), None);
+        let pointer = TypeShape::Pointer { to: None };
+        assert_eq!(stub(&pointer, Role::Sequence), Some(0));
+        assert!(stub_value(&pointer, "f", Role::Work, &types).is_err());
+    }
+}

@@ -1,0 +1,54 @@
+//! What must be known of a kernel to repair it after a crash, compiled ahead of time into one small
+//! ELF file; and the payload that runs in the guest. Reads guest memory, never writes it.
+#![deny(unsafe_code)]
+
+mod btf;
+mod build_id;
+pub mod cfi;
+pub mod compile;
+mod debug_files;
+mod draft;
+mod error;
+mod file;
+mod guest_layer;
+mod image;
+mod kallsyms;
+pub mod kernel_layer;
+mod knowledge;
+mod locate;
+mod mmap;
+mod modules;
+pub mod orc;
+pub mod payload;
+mod record;
+mod source;
+mod symbol;
+#[cfg(test)]
+mod synth;
+mod table;
+mod types;
+mod unwind;
+mod verify;
+mod vmcoreinfo;
+
+pub use btf::Btf;
+pub use build_id::{BuildId, ParseBuildIdError};
+pub use debug_files::{DebugFiles, ModuleFile, Search};
+pub use error::Error;
+pub use guest_layer::{Gate, GuestLayer, KernelFacts, PageHashes, PageKind, without_files};
+pub use image::{Location, Module, Placement, RepairImage};
+pub use kallsyms::{KallsymsTables, KernelSymbol};
+pub use kernel_layer::{KernelLayer, SectionInfo};
+pub use knowledge::{Knowledge, KnowledgeParts};
+pub use locate::{ConfirmedBy, FoundBy, Located, locate, locate_without_files};
+pub use mmap::MappedFile;
+pub use modules::{
+    LoadedModule, ModuleKey, ModuleReader, ModuleState, btf_of_modules, knowledge_from_memory,
+};
+pub use orc::OrcLayout;
+pub use source::SourceFrame;
+pub use symbol::{Symbol, SymbolKind, base_name};
+pub use types::{Member, Parameter, Prototype, TypeShape, Types};
+pub use unwind::{CfaRule, FrameKind, RowSource, SavedRule, UnwindRow};
+pub use verify::{DifferingPage, Verification, verify};
+pub use vmcoreinfo::Vmcoreinfo;

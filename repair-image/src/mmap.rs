@@ -1,0 +1,45 @@
+//! A file mapped read-only, the only unsafe code of this crate. What the bytes mean is in `file.rs` and `compile/`.
+#![allow(unsafe_code, reason = "memory-mapping a file is unsafe in every crate that offers it")]
+
+use std::fs::File;
+use std::ops::Deref;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+use crate::Error;
+
+/// A file mapped read-only.
+#[derive(Debug)]
+pub struct MappedFile(Mmap);
+
+impl MappedFile {
+    /// Maps the whole file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be opened or mapped.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let file = File::open(path).map_err(|source| Error::io(path, source))?;
+        // SAFETY: the mapping is private and read-only. Another process could still change the file under
+        // it; vmlinux files and knowledge files are written once under a temporary name and renamed into
+        // place, never changed afterwards, and every reader of the bytes checks bounds on each access, so
+        // changed bytes give wrong answers but no access outside of the mapping. Truncation would raise SIGBUS,
+        // as with any mapped executable.
+        let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(path, source))?;
+        Ok(Self(map))
+    }
+}
+
+impl AsRef<[u8]> for MappedFile {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}

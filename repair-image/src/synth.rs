@@ -1,0 +1,215 @@
+//! A guest's memory for tests, written with layouts of its own: a kernel image with banner, page tables,
+//! kallsyms and VMCOREINFO, and a module list. Imports nothing of the readers.
+
+use std::collections::HashMap;
+
+use guest::fake::{FakeMachine, PageSize};
+use guest::{GuestPhys, GuestVirt, LinkAddr};
+
+use crate::{Knowledge, KnowledgeParts, Member, Prototype, SymbolKind, TypeShape, Types};
+
+/// Where the image lies, guest-physical, and where it is linked to.
+pub(crate) const TEXT_PHYS: u64 = 0x40_0000;
+pub(crate) const TEXT_LINK: u64 = 0xffff_ffff_8100_0000;
+/// KASLR slide.
+pub(crate) const SLIDE: u64 = 0x1360_0000;
+const RAM: u64 = 16 << 20;
+/// Offsets in the image.
+const PHYS_BASE: u64 = 0x1000;
+const L5: u64 = 0x1010;
+const NR_CPUS: u64 = 0x1020;
+const PER_CPU: u64 = 0x1040;
+const NOTES: u64 = 0x1100;
+const BANNER: u64 = 0x2000;
+const INFO_POINTER: u64 = 0x2800;
+const NAMES: u64 = 0x3000;
+const TOKENS: u64 = 0x4000;
+const TOKEN_INDEX: u64 = 0x5000;
+const OFFSETS: u64 = 0x6000;
+const COUNT: u64 = 0x6800;
+const RELATIVE_BASE: u64 = 0x6808;
+/// Where VMCOREINFO lies, guest-physical: not part of the image.
+pub(crate) const INFO_PHYS: u64 = 0x80_0000;
+/// Build id of the kernel.
+pub(crate) const BUILD_ID: [u8; 20] = [0xab; 20];
+
+/// Guest-virtual address of a byte of the image.
+pub(crate) fn placed(offset: u64) -> GuestVirt {
+    GuestVirt(TEXT_LINK + SLIDE + offset)
+}
+
+/// Symbols of the image by offset; `init_top_pgt` is where the machine's tables begin.
+fn symbols(root: u64) -> Vec<(&'static str, u64)> {
+    vec![
+        ("_text", 0),
+        ("_stext", 0),
+        ("startup", 0x10),
+        ("_etext", 0x1000),
+        ("phys_base", PHYS_BASE),
+        ("__pgtable_l5_enabled", L5),
+        ("nr_cpu_ids", NR_CPUS),
+        ("__per_cpu_offset", PER_CPU),
+        ("__start_notes", NOTES),
+        ("__stop_notes", NOTES + 36),
+        ("linux_banner", BANNER),
+        ("vmcoreinfo_data", INFO_POINTER),
+        ("init_top_pgt", root - TEXT_PHYS),
+    ]
+}
+
+/// A machine with the kernel in it, and its symbols as from a vmlinux.
+pub(crate) fn kernel(five_level: bool) -> (FakeMachine, Knowledge) {
+    let mut machine = FakeMachine::new(RAM, five_level);
+    machine.map(placed(0), GuestPhys(TEXT_PHYS), PageSize::Size2M);
+    machine.map(placed(2 << 20), GuestPhys(TEXT_PHYS + (2 << 20)), PageSize::Size2M);
+    machine.map(placed(INFO_PHYS), GuestPhys(INFO_PHYS), PageSize::Size4K);
+    let root = machine.space().root().0;
+    let mut poke = |offset: u64, bytes: &[u8]| machine.poke(GuestPhys(TEXT_PHYS + offset), bytes);
+    // Physical address = virtual - map + phys_base
+    let phys_base = TEXT_PHYS.wrapping_sub(placed(0).0 - 0xffff_ffff_8000_0000);
+    poke(PHYS_BASE, &phys_base.to_le_bytes());
+    poke(L5, &[u8::from(five_level)]);
+    poke(NR_CPUS, &[2]);
+    poke(PER_CPU, &0xffff_8880_0010_0000u64.to_le_bytes());
+    poke(PER_CPU + 8, &0xffff_8880_0020_0000u64.to_le_bytes());
+    poke(BANNER, b"Linux version 9.9.9 (synthetic)\n\0");
+    let mut note = [4u32, 20, 3].map(u32::to_le_bytes).concat();
+    note.extend(b"GNU\0");
+    note.extend(BUILD_ID);
+    poke(NOTES, &note);
+    poke(INFO_POINTER, &placed(INFO_PHYS).0.to_le_bytes());
+    write_kallsyms(&mut machine, root);
+    let parts = symbols(root).into_iter().map(|(name, offset)| {
+        let kind = if offset < 0x1000 { SymbolKind::Function } else { SymbolKind::Object };
+        (name.to_owned(), LinkAddr(TEXT_LINK.wrapping_add(offset)), 0, kind)
+    });
+    let parts = KnowledgeParts { symbols: parts.collect(), ..KnowledgeParts::default() };
+    (machine, Knowledge::new(parts))
+}
+
+/// kallsyms whose tokens are single characters, but for one of two; the last symbol is per-CPU.
+fn write_kallsyms(machine: &mut FakeMachine, root: u64) {
+    let (mut tokens, mut index) = (Vec::new(), Vec::new());
+    for code in 0..=255u8 {
+        index.extend((tokens.len() as u16).to_le_bytes());
+        match code {
+            1 => tokens.extend(b"_t"),
+            0 | 2..32 | 127.. => {}
+            printable => tokens.push(printable),
+        }
+        tokens.push(0);
+    }
+    let base = placed(0).0;
+    let (mut names, mut offsets) = (Vec::new(), Vec::new());
+    let mut add = |kind: u8, name: &str, offset: i32| {
+        let text = [&[kind], name.replace("_t", "\u{1}").as_bytes()].concat();
+        names.extend(if text.len() < 128 {
+            vec![text.len() as u8]
+        } else {
+            vec![text.len() as u8 | 0x80, (text.len() >> 7) as u8]
+        });
+        names.extend(text);
+        offsets.extend(offset.to_le_bytes());
+    };
+    for (name, offset) in symbols(root) {
+        let kind = if offset < 0x1000 { b'T' } else { b'D' };
+        add(kind, name, -1 - i32::try_from(offset).unwrap());
+    }
+    add(b't', &"long".repeat(50), -1 - 0x800);
+    add(b'A', "current_task", 0x1234);
+    let count = offsets.len() as u32 / 4;
+    for (at, bytes) in [
+        (TOKENS, &tokens[..]),
+        (TOKEN_INDEX, &index),
+        (NAMES, &names),
+        (OFFSETS, &offsets),
+        (COUNT, &count.to_le_bytes()),
+        (RELATIVE_BASE, &base.to_le_bytes()),
+    ] {
+        machine.poke(GuestPhys(TEXT_PHYS + at), bytes);
+    }
+    machine.poke(GuestPhys(INFO_PHYS), vmcoreinfo(root).as_bytes());
+}
+
+/// VMCOREINFO of the kernel.
+fn vmcoreinfo(root: u64) -> String {
+    let phys_base = TEXT_PHYS.wrapping_sub(placed(0).0 - 0xffff_ffff_8000_0000) as i64;
+    let mut text = format!("OSRELEASE=9.9.9\nBUILD-ID={}\n", "ab".repeat(20));
+    for (name, offset) in [
+        ("_stext", 0),
+        ("swapper_pg_dir", root - TEXT_PHYS),
+        ("kallsyms_names", NAMES),
+        ("kallsyms_num_syms", COUNT),
+        ("kallsyms_token_table", TOKENS),
+        ("kallsyms_token_index", TOKEN_INDEX),
+        ("kallsyms_offsets", OFFSETS),
+        ("kallsyms_relative_base", RELATIVE_BASE),
+    ] {
+        text += &format!("SYMBOL({name})={:x}\n", placed(offset).0);
+    }
+    text + &format!("NUMBER(phys_base)={phys_base}\nKERNELOFFSET={SLIDE:x}\n")
+}
+
+/// Types given one by one.
+#[derive(Default)]
+pub(crate) struct FakeTypes {
+    pub(crate) members: HashMap<(&'static str, &'static str), (u64, u64)>,
+    pub(crate) sizes: HashMap<&'static str, u64>,
+    pub(crate) enumerators: HashMap<&'static str, i64>,
+}
+
+impl Types for FakeTypes {
+    fn member(&self, structure: &str, path: &str) -> Option<Member> {
+        let found = self.members.iter().find(|(key, _)| key.0 == structure && key.1 == path)?;
+        let (offset, size) = *found.1;
+        Some(Member { offset, size, bits: None, shape: TypeShape::Other })
+    }
+
+    fn size_of(&self, name: &str) -> Option<u64> {
+        self.sizes.get(name).copied()
+    }
+
+    fn enumerator(&self, name: &str) -> Option<i64> {
+        self.enumerators.get(name).copied()
+    }
+
+    fn prototype(&self, _: &str) -> Option<Prototype> {
+        None
+    }
+
+    fn member_prototype(&self, _: &str, _: &str) -> Option<Prototype> {
+        None
+    }
+}
+
+/// Layouts of `struct module` as before v6.4 (`old`) or since; not those of any real build.
+pub(crate) fn module_types(old: bool) -> FakeTypes {
+    let mut types = FakeTypes::default();
+    let mut member = |structure, path, offset, size| {
+        types.members.insert((structure, path), (offset, size));
+    };
+    member("list_head", "next", 0, 8);
+    member("module", "state", 0, 4);
+    member("module", "list", 0x10, 16);
+    member("module", "name", 0x20, 56);
+    member("module", "taints", 0x60, 8);
+    if old {
+        member("module", "core_layout", 0x80, 0x20);
+        member("module", "init_layout", 0xa0, 0x20);
+        member("module_layout", "base", 0, 8);
+        member("module_layout", "size", 8, 4);
+        member("module_layout", "text_size", 0xc, 4);
+    } else {
+        member("module", "mem", 0x80, 0x40);
+        member("module_memory", "base", 8, 8);
+        member("module_memory", "size", 0, 4);
+        types.sizes.insert("module_memory", 0x10);
+        types.enumerators.extend([("MOD_TEXT", 1), ("MOD_INIT_TEXT", 3)]);
+    }
+    types.enumerators.extend([
+        ("MODULE_STATE_LIVE", 0),
+        ("MODULE_STATE_COMING", 1),
+        ("MODULE_STATE_GOING", 2),
+    ]);
+    types
+}

@@ -1,0 +1,208 @@
+//! Arguments of the `defib` command, as typed. Checking them against the world is each command's job.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Exit codes, printed under `--help`.
+const EXIT_CODES: &str = "Exit codes:
+  0  done
+  1  the guest could not be saved (rung 5 and up), or a check found something
+  2  usage or set-up error";
+
+/// Brings crashed guests of a KVM host back in place.
+#[derive(Debug, Parser)]
+#[command(name = "defib", version, about, after_help = EXIT_CODES)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Sub-commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Stand beside a running VM and repair its kernel when it crashes.
+    Guard(GuardArguments),
+    /// Build, print or check a repair image.
+    Image(ImageArguments),
+    /// Say what would be done about the crash in a dump, and why not more.
+    Plan(PlanArguments),
+    /// The crash corpus: list cases, or run them on lab VMs and print what was saved.
+    Corpus(CorpusArguments),
+    /// The main job, start to end, on a lab VM.
+    Demo(DemoArguments),
+}
+
+/// Which VM.
+#[derive(Clone, Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct Target {
+    /// QMP socket of a running QEMU.
+    #[arg(long, value_name = "SOCK")]
+    pub qmp: Option<PathBuf>,
+    /// Name of a VM (`-name`) running on this host.
+    #[arg(long, value_name = "NAME")]
+    pub domain: Option<String>,
+    /// Process id of a running QEMU.
+    #[arg(long)]
+    pub pid: Option<u32>,
+}
+
+/// Where knowledge of kernels comes from.
+#[derive(Clone, Debug, Default, Args)]
+pub struct KnowledgeSources {
+    /// vmlinux with DWARF of the guest's kernel; its build id must be the guest's.
+    #[arg(long, value_name = "FILE")]
+    pub vmlinux: Option<PathBuf>,
+    /// Directory with debug files (.build-id tree, vmlinux-*, *.ko, *.ko.debug); may be repeated.
+    #[arg(long = "debug-dir", value_name = "DIR")]
+    pub debug_dirs: Vec<PathBuf>,
+    /// Directory that keeps compiled kernel layers, by build id.
+    #[arg(long, value_name = "DIR", env = "DEFIB_CACHE")]
+    pub cache: Option<PathBuf>,
+}
+
+/// Arguments of `defib guard`.
+#[derive(Debug, Args)]
+#[command(after_help = concat!("Policy defaults: see --print-policy.\n\n",
+    "Exit codes:\n  0  detached\n  1  the guest could not be saved\n  2  usage or set-up error"))]
+pub struct GuardArguments {
+    /// Which VM.
+    #[command(flatten)]
+    pub target: Target,
+    /// gdb stub socket that the VM's owner already switched on, to be taken over.
+    #[arg(long, value_name = "SOCK")]
+    pub gdb: Option<PathBuf>,
+    /// Knowledge of the guest's kernel.
+    #[command(flatten)]
+    pub knowledge: KnowledgeSources,
+    /// Policy file (TOML).
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+    /// Directory that incidents are written to.
+    #[arg(long, value_name = "DIR", default_value = "incidents")]
+    pub incidents: PathBuf,
+    /// Diagnose and plan, but write nothing to the guest: crashes take their stock course.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Leave after the first incident.
+    #[arg(long)]
+    pub once: bool,
+    /// One JSON object a line on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `defib image`.
+#[derive(Debug, Args)]
+pub struct ImageArguments {
+    /// What to do with the image.
+    #[command(subcommand)]
+    pub action: ImageAction,
+}
+
+/// Actions of `defib image`.
+#[derive(Debug, Subcommand)]
+pub enum ImageAction {
+    /// Compile a kernel layer from a vmlinux, or take a whole image from a running VM.
+    Build {
+        /// Running VM to take the guest layer from.
+        #[arg(long, value_name = "SOCK")]
+        qmp: Option<PathBuf>,
+        /// Knowledge of the kernel.
+        #[command(flatten)]
+        knowledge: KnowledgeSources,
+        /// File to write.
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+    },
+    /// Print what an image holds.
+    Inspect {
+        /// Image file.
+        image: PathBuf,
+        /// Symbolize these link addresses (hex) too.
+        #[arg(long, value_name = "ADDR")]
+        address: Vec<String>,
+    },
+    /// Compare an image with a running VM: build id, text and read-only data.
+    Verify {
+        /// Image file, with a guest layer.
+        image: PathBuf,
+        /// QMP socket of the VM.
+        #[arg(long, value_name = "SOCK")]
+        qmp: PathBuf,
+    },
+}
+
+/// Arguments of `defib plan`.
+#[derive(Debug, Args)]
+pub struct PlanArguments {
+    /// ELF vmcore, as written by QEMU's dump-guest-memory.
+    pub dump: PathBuf,
+    /// Knowledge of the kernel in the dump.
+    #[command(flatten)]
+    pub knowledge: KnowledgeSources,
+    /// Policy file (TOML).
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+    /// Output format.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+}
+
+/// Output formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// For scripts.
+    Json,
+}
+
+/// Arguments of `defib corpus`.
+#[derive(Debug, Args)]
+pub struct CorpusArguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub action: CorpusAction,
+}
+
+/// Actions of `defib corpus`.
+#[derive(Debug, Subcommand)]
+pub enum CorpusAction {
+    /// List the cases.
+    List,
+    /// Run cases on lab VMs under guard and print what was saved.
+    Run {
+        /// Names of cases; all when none is given.
+        cases: Vec<String>,
+        /// Kernel of the guest.
+        #[arg(long, default_value = "6.1")]
+        kernel: String,
+        /// One JSON object per case on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Arguments of `defib demo`.
+#[derive(Debug, Args)]
+pub struct DemoArguments {
+    /// Directory that the incident reports are written to.
+    #[arg(long, value_name = "DIR", default_value = "target/demo/incidents")]
+    pub incidents: PathBuf,
+    /// Kernel of the guest.
+    #[arg(long, default_value = "6.1")]
+    pub kernel: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn arguments_are_consistent() {
+        super::Arguments::command().debug_assert();
+    }
+}

@@ -1,0 +1,143 @@
+//! `defib corpus`: lists the cases, or runs them and prints what was saved.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use corpus::campaign::{self, Outcome as CaseOutcome, Verdict};
+use corpus::guarded::GuardConfig;
+use corpus::lab::{Kernel, Snapshot, VmConfig, drivers};
+use corpus::scenario::{CASES, Case, case};
+use serde_json::json;
+
+use crate::Outcome;
+use crate::cli::{CorpusAction, CorpusArguments};
+
+/// Runs `defib corpus`.
+///
+/// # Errors
+/// When a case is unknown or the lab can't be set up.
+pub fn run(arguments: &CorpusArguments) -> Result<Outcome> {
+    match &arguments.action {
+        CorpusAction::List => list(),
+        CorpusAction::Run { cases, kernel, json } => campaign(cases, kernel, *json),
+    }
+}
+
+fn list() -> Result<Outcome> {
+    let mut out = std::io::stdout().lock();
+    for case in CASES {
+        writeln!(
+            out,
+            "{:<18} {:<14} {:<18} {:<13} {:?}",
+            case.name,
+            case.driver,
+            format!("{:?}", case.class),
+            format!("{:?}", case.context),
+            case.held
+        )?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn chosen(names: &[String]) -> Result<Vec<&'static Case>> {
+    if names.is_empty() {
+        return Ok(CASES.iter().collect());
+    }
+    names
+        .iter()
+        .map(|name| case(name).with_context(|| format!("no case is named {name:?}")))
+        .collect()
+}
+
+fn campaign(names: &[String], kernel: &str, json: bool) -> Result<Outcome> {
+    let cases = chosen(names)?;
+    let kernel = Kernel::find(kernel)?;
+    let root = tempfile::tempdir().context("folder for incidents")?;
+    let guard = guard_config(&kernel, root.path())?;
+    let snapshot = Snapshot::cached(&VmConfig::new(kernel))?;
+    let mut verdicts = Vec::new();
+    for case in cases {
+        let verdict = campaign::run(case, &snapshot, &guard);
+        let verdict = verdict.with_context(|| format!("case {}", case.name))?;
+        print(&verdict, json)?;
+        verdicts.push(verdict);
+    }
+    if !json {
+        summary(&verdicts);
+    }
+    Ok(if verdicts.iter().all(Verdict::passed) { Outcome::Done } else { Outcome::NotSaved })
+}
+
+/// How the guard is started for a lab guest.
+///
+/// # Errors
+/// When the drivers can't be built.
+pub fn guard_config(kernel: &Kernel, incidents: &Path) -> Result<GuardConfig> {
+    let mut arguments = Vec::new();
+    if let Some(vmlinux) = kernel.vmlinux() {
+        arguments.extend(["--vmlinux".to_owned(), vmlinux.display().to_string()]);
+    }
+    let built = drivers(kernel)?;
+    let Some(folder) = built.first().and_then(|driver| driver.with_debug.parent()) else {
+        bail!("there are no drivers");
+    };
+    arguments.extend(["--debug-dir".to_owned(), folder.display().to_string()]);
+    let program = std::env::current_exe().context("own program")?;
+    Ok(GuardConfig { program, incidents: incidents.to_owned(), arguments })
+}
+
+fn print(verdict: &Verdict, json: bool) -> Result<()> {
+    let (word, reasons) = match &verdict.outcome {
+        CaseOutcome::Saved => ("saved", Vec::new()),
+        CaseOutcome::Refused(reason) => ("refused", vec![reason.clone()]),
+        CaseOutcome::Wrong(reasons) => ("WRONG", reasons.clone()),
+    };
+    let mut out = std::io::stdout().lock();
+    if json {
+        let line = json!({
+            "case": verdict.name, "outcome": word.to_lowercase(), "reasons": reasons,
+            "rung": verdict.rung, "downtime_us": verdict.downtime.map(|time| time.as_micros() as u64),
+            "title": verdict.title, "differences": verdict.differences,
+        });
+        return Ok(writeln!(out, "{line}")?);
+    }
+    let downtime = verdict
+        .downtime
+        .map_or_else(String::new, |time| format!("{:.2} ms", time.as_secs_f64() * 1e3));
+    let rung = verdict.rung.map_or_else(|| "-".into(), |rung| rung.to_string());
+    writeln!(
+        out,
+        "{:<18} {word:<8} rung {rung:<2} {downtime:>10}  {}",
+        verdict.name, verdict.title
+    )?;
+    for line in reasons.iter().chain(&verdict.differences) {
+        writeln!(out, "    {line}")?;
+    }
+    Ok(())
+}
+
+fn summary(verdicts: &[Verdict]) {
+    let count = |wanted: fn(&CaseOutcome) -> bool| {
+        verdicts.iter().filter(|verdict| wanted(&verdict.outcome)).count()
+    };
+    let mut downtimes: Vec<Duration> =
+        verdicts.iter().filter_map(|verdict| verdict.downtime).collect();
+    downtimes.sort_unstable();
+    println!(
+        "\n{} cases: {} saved, {} refused, {} wrong; {} diagnoses not as expected",
+        verdicts.len(),
+        count(|outcome| *outcome == CaseOutcome::Saved),
+        count(|outcome| matches!(outcome, CaseOutcome::Refused(_))),
+        count(|outcome| matches!(outcome, CaseOutcome::Wrong(_))),
+        verdicts.iter().filter(|verdict| !verdict.differences.is_empty()).count(),
+    );
+    if let (Some(median), Some(worst)) = (downtimes.get(downtimes.len() / 2), downtimes.last()) {
+        println!(
+            "downtime: median {:.2} ms, worst {:.2} ms",
+            median.as_secs_f64() * 1e3,
+            worst.as_secs_f64() * 1e3
+        );
+    }
+}

@@ -1,0 +1,174 @@
+//! What a guard knows of the guest in its present boot: kernel, guest layer, repair image; and keeping
+//! that up to date while modules come and go.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use diagnose::CodeCache;
+use guest::{Hook, HookKind, Machine, PhysMemory};
+use repair_image::{DebugFiles, GuestLayer, RepairImage};
+use serde_json::{Value, json};
+
+use crate::cli::KnowledgeSources;
+use crate::events::Events;
+use crate::knowledge::{self, Kernel, Learned};
+
+/// Knowledge of one boot of the guest.
+pub struct Session {
+    /// The repair image in use.
+    pub image: RepairImage,
+    /// Functions that were decoded already.
+    pub cache: CodeCache,
+    kernel: Kernel,
+    layer: GuestLayer,
+    sources: KnowledgeSources,
+    debug_files: DebugFiles,
+    /// Modules whose debug files were not taken, and why.
+    refused_files: Vec<(String, String)>,
+    taken: Duration,
+}
+
+impl Session {
+    /// Learns the kernel and takes the guest layer. The guest runs meanwhile.
+    ///
+    /// # Errors
+    /// When the kernel is not found, or is another than the files are for.
+    pub fn begin(machine: &dyn Machine, sources: &KnowledgeSources) -> Result<Self> {
+        Self::with(knowledge::learn(machine.phys(), sources)?, sources.clone())
+    }
+
+    /// The same after a reset of the guest: its kernel may lie elsewhere, or be another.
+    ///
+    /// # Errors
+    /// As [`Session::begin`]; also while the guest has not booted yet.
+    pub fn begin_again(&self, machine: &dyn Machine) -> Result<Self> {
+        let learned = knowledge::take(machine.phys(), self.kernel.clone())
+            .or_else(|_| knowledge::learn(machine.phys(), &self.sources))?;
+        Self::with(learned, self.sources.clone())
+    }
+
+    fn with(learned: Learned, sources: KnowledgeSources) -> Result<Self> {
+        let Learned { kernel, layer, taken } = learned;
+        let mut session = Self {
+            image: RepairImage::assemble(&kernel.facts, &layer),
+            cache: CodeCache::default(),
+            kernel,
+            layer,
+            debug_files: DebugFiles::new(&sources.debug_dirs),
+            sources,
+            refused_files: Vec::new(),
+            taken,
+        };
+        session.hooks_or_error()?;
+        session.learn_modules();
+        Ok(session)
+    }
+
+    fn hooks_or_error(&self) -> Result<()> {
+        for kind in HookKind::ALL {
+            let function = kind.function();
+            self.image
+                .address_of(function)
+                .with_context(|| format!("the kernel has no {function}()"))?;
+        }
+        Ok(())
+    }
+
+    /// Where the hooks sit in this boot.
+    #[must_use]
+    pub fn hooks(&self) -> Vec<Hook> {
+        let hook =
+            |kind: HookKind| Some(Hook { kind, at: self.image.address_of(kind.function())? });
+        HookKind::ALL.into_iter().filter_map(hook).collect()
+    }
+
+    /// Follows the module list; `true` when it changed. Reads debug files, so the guest must run.
+    ///
+    /// # Errors
+    /// When the list can't be read.
+    pub fn refresh_modules(&mut self, phys: &dyn PhysMemory) -> Result<bool> {
+        if !self.refresh_from_memory(phys)? {
+            return Ok(false);
+        }
+        self.learn_modules();
+        Ok(true)
+    }
+
+    /// Follows the module list with what is in guest memory alone, for a guest that stands.
+    ///
+    /// # Errors
+    /// When the list can't be read.
+    pub fn refresh_from_memory(&mut self, phys: &dyn PhysMemory) -> Result<bool> {
+        let changed =
+            self.layer.refresh_modules(phys, &self.kernel.facts).context("module list")?;
+        if changed {
+            self.image = RepairImage::assemble(&self.kernel.facts, &self.layer);
+            self.cache = CodeCache::default();
+        }
+        Ok(changed)
+    }
+
+    /// Compiles knowledge of modules whose files are found.
+    fn learn_modules(&mut self) {
+        let report = self.layer.load_debug_files(&self.kernel.facts, &self.debug_files);
+        let refused = report.iter().flat_map(|(module, search)| {
+            search.refused.iter().map(move |(_, error)| (module.clone(), error.to_string()))
+        });
+        self.refused_files = refused.collect();
+        self.image = RepairImage::assemble(&self.kernel.facts, &self.layer);
+    }
+
+    /// Kernel and origin of what is known of it.
+    #[must_use]
+    pub fn describe(&self) -> Value {
+        json!({
+            "banner": self.layer.banner.trim(),
+            "release": self.kernel.layer.as_ref().map(|layer| layer.release().to_owned()),
+            "build_id": self.layer.build_id.map(|id| id.to_string()),
+            "knowledge": self.kernel.origin,
+        })
+    }
+
+    /// Says what image is in use.
+    ///
+    /// # Errors
+    /// When stdout can't be written.
+    pub fn announce(&self, events: &Events) -> std::io::Result<()> {
+        let bytes = self
+            .kernel
+            .layer
+            .as_ref()
+            .map(|layer| layer.inspect().iter().map(|section| section.bytes).sum::<usize>());
+        let mut fields = self.describe();
+        fields["slide"] = json!(format!("{:#x}", self.image.placement.slide));
+        fields["modules"] = json!(self.image.modules.len());
+        fields["kernel_layer_bytes"] = json!(bytes);
+        fields["guest_layer_us"] = json!(self.taken.as_micros() as u64);
+        let text = format!(
+            "image: {}\n               knowledge from {}; guest layer taken in {:.1} ms, {} modules",
+            self.layer.banner.trim(),
+            self.kernel.origin,
+            self.taken.as_secs_f64() * 1e3,
+            self.image.modules.len(),
+        );
+        events.say("image", fields, &text)
+    }
+
+    /// Says which modules are loaded.
+    ///
+    /// # Errors
+    /// When stdout can't be written.
+    pub fn announce_modules(&self, events: &Events) -> std::io::Result<()> {
+        let names: Vec<_> = self.image.modules.iter().map(|module| &module.name).collect();
+        let with_lines: Vec<_> = self
+            .image
+            .modules
+            .iter()
+            .filter(|module| module.knowledge.has_source())
+            .map(|module| &module.name)
+            .collect();
+        let fields =
+            json!({ "modules": names, "with_lines": with_lines, "refused": self.refused_files });
+        events.say("modules", fields, &format!("modules changed: {} loaded", names.len()))
+    }
+}

@@ -1,0 +1,54 @@
+//! The `defib` command: reads arguments, runs one sub-command, turns its end into an exit code.
+
+mod cli;
+mod corpus_command;
+mod demo;
+mod events;
+mod guard;
+mod image;
+mod knowledge;
+mod plan;
+mod signals;
+mod target;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// How a sub-command ended, as an exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Everything asked for was done.
+    Done,
+    /// The guest could not be saved, or a check found something.
+    NotSaved,
+}
+
+fn main() -> ExitCode {
+    let arguments = cli::Arguments::parse();
+    let result = match arguments.command {
+        cli::Command::Guard(arguments) => guard::run(&arguments),
+        cli::Command::Image(arguments) => image::run(&arguments),
+        cli::Command::Plan(arguments) => plan::run(&arguments),
+        cli::Command::Corpus(arguments) => corpus_command::run(&arguments),
+        cli::Command::Demo(arguments) => demo::run(&arguments),
+    };
+    match result {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::NotSaved) => ExitCode::from(1),
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("defib: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// A reader that went away is no error of ours.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+    })
+}

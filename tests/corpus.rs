@@ -1,0 +1,98 @@
+//! Every case of the corpus on a real guest: crashed, repaired by a real `defib guard`, and verified.
+//! One test a case; `cargo test --test corpus -- NAME` runs one. Needs what `scripts/setup` installs.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use corpus::campaign::{self, Outcome};
+use corpus::guarded::GuardConfig;
+use corpus::lab::{Kernel, Snapshot, VmConfig, drivers};
+use corpus::scenario::{CASES, Case};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// Cases that also run on 6.12: another ORC layout, other offsets, other per-CPU places.
+const ON_6_12: &[&str] = &[
+    "null-deref",
+    "panic",
+    "stack-overflow",
+    "three-locks",
+    "rcu",
+    "timer-idle",
+    "hrtimer-busy",
+    "msi-spinlock",
+    "work-mutex",
+    "pipe-write",
+];
+/// Cases that also run without any debug file: symbols, types and ORC out of guest memory.
+const WITHOUT_FILES: &[&str] = &["null-deref", "three-locks", "timer-busy", "getcwd"];
+
+/// A kind of guest and how it is guarded.
+struct Bench {
+    kernel: &'static str,
+    files: bool,
+    incidents: PathBuf,
+}
+
+impl Bench {
+    fn run(&self, case: &'static Case) -> Result<(), Failed> {
+        let kernel = Kernel::find(self.kernel)?;
+        let mut arguments = Vec::new();
+        if self.files {
+            let vmlinux = kernel.vmlinux().ok_or("no vmlinux; run scripts/setup")?;
+            let built = drivers(&kernel)?;
+            let folder =
+                built.first().and_then(|driver| driver.with_debug.parent()).ok_or("no drivers")?;
+            arguments.extend(["--vmlinux".into(), vmlinux.display().to_string()]);
+            arguments.extend(["--debug-dir".into(), folder.display().to_string()]);
+        } else {
+            arguments.extend(["--cache".into(), self.incidents.display().to_string()]);
+        }
+        let guard = GuardConfig {
+            program: env!("CARGO_BIN_EXE_defib").into(),
+            incidents: self.incidents.join(case.name),
+            arguments,
+        };
+        let verdict = campaign::run(case, &Snapshot::cached(&VmConfig::new(kernel))?, &guard)?;
+        match verdict.outcome {
+            Outcome::Saved => {}
+            Outcome::Refused(reason) => return Err(format!("refused: {reason}").into()),
+            Outcome::Wrong(reasons) => return Err(format!("WRONG: {}", reasons.join("; ")).into()),
+        }
+        // Without lines, the place of the offender can't be known.
+        let place = |difference: &String| self.files || !difference.starts_with("place");
+        let differences: Vec<_> = verdict.differences.into_iter().filter(place).collect();
+        if differences.is_empty() { Ok(()) } else { Err(differences.join("; ").into()) }
+    }
+}
+
+fn trials(root: &Path) -> Vec<Trial> {
+    let bench =
+        |kernel, files, name: &str| Arc::new(Bench { kernel, files, incidents: root.join(name) });
+    let (old, new, bare) =
+        (bench("6.1", true, "6.1"), bench("6.12", true, "6.12"), bench("6.1", false, "bare"));
+    let mut trials = Vec::new();
+    let mut add = |bench: &Arc<Bench>, kind: &str, case: &'static Case| {
+        let bench = Arc::clone(bench);
+        trials.push(Trial::test(case.name, move || bench.run(case)).with_kind(kind));
+    };
+    for case in CASES {
+        add(&old, "6.1", case);
+    }
+    for case in CASES.iter().filter(|case| ON_6_12.contains(&case.name)) {
+        add(&new, "6.12", case);
+    }
+    for case in CASES.iter().filter(|case| WITHOUT_FILES.contains(&case.name)) {
+        add(&bare, "6.1 without files", case);
+    }
+    trials
+}
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // The guests need both cores: one at a time.
+    arguments.test_threads = Some(1);
+    let root = tempfile::tempdir().expect("folder for incidents");
+    let conclusion = libtest_mimic::run(&arguments, trials(root.path()));
+    drop(root);
+    conclusion.exit();
+}
