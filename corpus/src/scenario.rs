@@ -340,8 +340,8 @@ pub const CASES: &[Case] = &[
     Case::new("release", CHARDEV, NullDereference, &[])
         .by("release", "release")
         .sees(Sight::Value(0)),
-    // EPOLLERR is 8.
-    Case::new("poll", CHARDEV, NullDereference, &[]).by("poll", "poll").sees(Sight::Value(8)),
+    // EPOLLERR | EPOLLHUP
+    Case::new("poll", CHARDEV, NullDereference, &[]).by("poll", "poll").sees(Sight::Value(0x18)),
     Case::new("mmap", CHARDEV, NullDereference, &[]).by("mmap", "mmap"),
     Case::new("seq-start", CHARDEV, NullDereference, &[]).by("seq", "seq-start"),
     Case::new("seq-show", CHARDEV, NullDereference, &[]).by("seq", "seq-show"),

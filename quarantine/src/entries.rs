@@ -114,9 +114,21 @@ pub(crate) fn of(structures: &Structures<'_>, module: &Module) -> Vec<EntryPoint
 }
 
 fn data_ranges(module: &Module) -> Vec<Range<GuestVirt>> {
-    let is_text =
-        |range: &Range<GuestVirt>| module.text.iter().any(|text| text.start == range.start);
-    module.ranges.iter().filter(|range| !is_text(range)).cloned().collect()
+    module.ranges.iter().flat_map(|range| without_text(range, &module.text)).collect()
+}
+
+/// What of a range is no text. Before v6.4 a module's text, read-only data and data are one range, text
+/// first.
+fn without_text(range: &Range<GuestVirt>, text: &[Range<GuestVirt>]) -> Vec<Range<GuestVirt>> {
+    let mut left = vec![range.clone()];
+    for hole in text {
+        left = left
+            .into_iter()
+            .flat_map(|part| [part.start..part.end.min(hole.start), part.start.max(hole.end)..part.end])
+            .filter(|part| part.start < part.end)
+            .collect();
+    }
+    left
 }
 
 struct Search<'a> {

@@ -599,6 +599,10 @@ impl Types for Btf {
         })
     }
 
+    fn member_at(&self, structure: &str, offset: u64) -> Option<(String, TypeShape)> {
+        Btf::member_at(self, structure, offset)
+    }
+
     fn member_prototype(&self, structure: &str, path: &str) -> Option<Prototype> {
         let pointer = self.resolve(self.place(structure, path)?.id)?.1;
         let pointer = pointer.filter(|record| record.kind == kind::PTR)?;

@@ -13,7 +13,7 @@ use crate::{CfaRule, Error, FrameKind, RowSource, SavedRule, UnwindRow};
 const CALLEE_SAVED: [Register; 6] =
     [X86_64::RBX, X86_64::RBP, X86_64::R12, X86_64::R13, X86_64::R14, X86_64::R15];
 
-fn register(register: Register) -> Option<Reg> {
+pub(crate) fn register(register: Register) -> Option<Reg> {
     /// General registers in the order of their DWARF numbers.
     const DWARF: [Reg; 8] =
         [Reg::Rax, Reg::Rdx, Reg::Rcx, Reg::Rbx, Reg::Rsi, Reg::Rdi, Reg::Rbp, Reg::Rsp];

@@ -35,6 +35,8 @@ pub struct ModuleFile {
     pub bytes: Vec<u8>,
     /// Whether its build id is known to be the loaded module's; `false` = one of them has none.
     pub build_id_checked: bool,
+    /// Whether it has debug information.
+    pub has_dwarf: bool,
 }
 
 /// What a search for one module's file gave.
@@ -90,6 +92,8 @@ impl DebugFiles {
         let by_name = self.by_name.get(&module.name).into_iter().flatten().cloned();
         for path in by_id.filter(|path| path.is_file()).chain(by_name) {
             match open(&path, module.build_id) {
+                // A stripped copy tells no more than memory does: look on for the one with DWARF.
+                Ok(file) if !file.has_dwarf => search.file = search.file.or(Some(file)),
                 Ok(file) => {
                     search.file = Some(file);
                     break;
@@ -114,13 +118,14 @@ fn open(path: &Path, loaded: Option<BuildId>) -> Result<ModuleFile, Error> {
     let elf = object::File::parse(&*bytes)
         .map_err(|source| Error::Elf { what: "a module's file", source })?;
     let own = elf.build_id().ok().flatten().and_then(BuildId::new);
+    let has_dwarf = elf.section_by_name(".debug_info").is_some();
     match (own, loaded) {
         (Some(found), Some(expected)) if found != expected => {
             Err(Error::WrongBuild { found, expected })
         }
         (own, loaded) => {
             let build_id_checked = own.is_some() && own == loaded;
-            Ok(ModuleFile { path: path.to_owned(), bytes, build_id_checked })
+            Ok(ModuleFile { path: path.to_owned(), bytes, build_id_checked, has_dwarf })
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Knowledge before it is encoded: gathered by `compile/` or given as [`KnowledgeParts`], then put into sections.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use guest::LinkAddr;
 
@@ -8,7 +9,10 @@ use crate::record::{
     FileRecord, FunctionRecord, LineRecord, NameRecord, ScopeRecord, SymbolRecord, UnwindRecord,
 };
 use crate::table::{self, Columns};
-use crate::{KnowledgeParts, Parameter, Prototype, SourceFrame, SymbolKind, TypeShape, UnwindRow};
+use crate::variables::{Extent, Variables};
+use crate::{
+    KnowledgeParts, Parameter, Prototype, SourceFrame, SymbolKind, TypeShape, UnwindRow, Variable,
+};
 
 /// Names of the sections.
 pub(crate) mod section {
@@ -21,6 +25,7 @@ pub(crate) mod section {
     pub(crate) const FUNCTIONS: &str = ".defib.functions";
     pub(crate) const FILES: &str = ".defib.files";
     pub(crate) const PROTOTYPES: &str = ".defib.protos";
+    pub(crate) const VARIABLES: &str = ".defib.variables";
 }
 
 /// Distinct strings, numbered as they come.
@@ -69,6 +74,7 @@ pub(crate) struct Draft<'a> {
     /// Paths by file number.
     pub(crate) files: Vec<&'a str>,
     pub(crate) prototypes: Vec<(&'a str, &'a Prototype)>,
+    pub(crate) variables: Variables,
 }
 
 impl<'a> Draft<'a> {
@@ -88,7 +94,17 @@ impl<'a> Draft<'a> {
             ..Self::default()
         };
         draft.add_chains(&parts.source);
+        draft.add_variables(&parts.variables);
         draft
+    }
+
+    fn add_variables(&mut self, variables: &[(Range<LinkAddr>, Variable)]) {
+        let extents = (1..).zip(variables).map(|(depth, (code, variable))| Extent {
+            code: code.start.0..code.end.0,
+            depth,
+            variable: variable.clone(),
+        });
+        self.variables.extents = extents.collect();
     }
 
     fn add_chains(&mut self, chains: &'a [(LinkAddr, Vec<SourceFrame>)]) {
@@ -173,6 +189,7 @@ impl<'a> Draft<'a> {
             (section::FUNCTIONS, table::encode(&functions)),
             (section::FILES, table::encode(&files)),
             (section::PROTOTYPES, prototypes),
+            (section::VARIABLES, self.variables.encode()),
         ]
     }
 

@@ -120,10 +120,9 @@ impl KernelLayer {
             .map(|(name, _)| (name.to_owned(), self.file.section(name).to_vec()))
             .collect();
         if let Some(guest) = guest {
-            let bytes = guest.to_bytes().map_err(|error| Error::Write {
-                what: "guest layer",
-                reason: error.to_string(),
-            })?;
+            let bytes = guest
+                .to_bytes()
+                .map_err(|error| Error::Write { what: "guest layer", reason: error.to_string() })?;
             sections.push((GUEST.to_owned(), table::compress(&bytes)));
         }
         file::write_whole(path, &file::pack(&sections)?)

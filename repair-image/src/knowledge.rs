@@ -2,6 +2,7 @@
 //! address or name in the encoded tables. How it is made is in `compile/`, how it is encoded in `draft.rs`.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use guest::LinkAddr;
@@ -13,8 +14,10 @@ use crate::record::{
     name_key,
 };
 use crate::table::{self, Reader, Record, Table};
+use crate::variables::Variables;
 use crate::{
-    Error, Parameter, Prototype, SourceFrame, Symbol, SymbolKind, TypeShape, UnwindRow, base_name,
+    Error, Parameter, Prototype, SourceFrame, Symbol, SymbolKind, TypeShape, UnwindRow, Variable,
+    base_name,
 };
 
 /// Deepest chain of inlined calls that is followed.
@@ -37,6 +40,8 @@ pub struct KnowledgeParts {
     pub source: Vec<(LinkAddr, Vec<SourceFrame>)>,
     /// Prototypes by function name without compiler suffixes.
     pub prototypes: HashMap<String, Prototype>,
+    /// Variables, each with the addresses of code at which it is in that place, outer scopes first.
+    pub variables: Vec<(Range<LinkAddr>, Variable)>,
 }
 
 /// Code knowledge of one object.
@@ -51,6 +56,8 @@ pub struct Knowledge {
     functions: Table<FunctionRecord>,
     files: Table<FileRecord>,
     packed_prototypes: Span,
+    packed_variables: Span,
+    variables: OnceLock<Variables>,
     prototypes: OnceLock<HashMap<String, Prototype>>,
 }
 
@@ -84,6 +91,8 @@ impl Knowledge {
             files: open(file, section::FILES)?,
             packed_prototypes: file.section(section::PROTOTYPES),
             prototypes: OnceLock::new(),
+            packed_variables: file.section(section::VARIABLES),
+            variables: OnceLock::new(),
         })
     }
 
@@ -253,6 +262,32 @@ impl Knowledge {
         self.prototypes().get(base_name(function))
     }
 
+    fn variables(&self) -> &Variables {
+        self.variables.get_or_init(|| Variables::decode(&self.packed_variables).unwrap_or_default())
+    }
+
+    /// The pointers and structures among the parameters and variables that are there when control is at `at`, with
+    /// the place of each, innermost scope first. Empty for the kernel proper: knowledge has those of modules only.
+    #[must_use]
+    pub fn variables_at(&self, at: LinkAddr) -> Vec<Variable> {
+        self.variables().at(at.0)
+    }
+
+    /// Path and type of the innermost member of a structure at an offset in bytes (`"queue.lock"`,
+    /// `"list[2].flag"`). Where several members share that byte, the path ends at the member around them. Only
+    /// structures that variables lead to are known.
+    #[must_use]
+    pub fn member_at(&self, structure: &str, offset: u64) -> Option<(String, TypeShape)> {
+        self.variables().layouts.get(structure)?.as_ref()?.member_at(offset)
+    }
+
+    /// Whether the object's own debug information says what type `name` is, so that no other need be asked. A type
+    /// that it only declares is not known.
+    #[must_use]
+    pub fn knows_type(&self, name: &str) -> bool {
+        self.variables().layouts.contains_key(name)
+    }
+
     /// Whether any source line is known.
     #[must_use]
     pub fn has_source(&self) -> bool {
@@ -265,7 +300,7 @@ mod tests {
     use guest::Reg;
 
     use super::*;
-    use crate::{CfaRule, FrameKind, RowSource, SavedRule};
+    use crate::{CfaRule, FrameKind, RowSource, SavedRule, VariableLocation};
 
     fn frame(function: &str, file: &str, line: u32, inlined: bool) -> SourceFrame {
         let function = Some(function.to_owned());
@@ -279,6 +314,12 @@ mod tests {
             saved: [SavedRule::AtCfa(-offset); 6],
             source: RowSource::Cfi,
         }
+    }
+
+    fn inode() -> Variable {
+        let shape = TypeShape::Pointer { to: Some("inode".to_owned()) };
+        let location = VariableLocation::Register(Reg::Rdi);
+        Variable { name: "inode".to_owned(), shape, location }
     }
 
     fn sample() -> Knowledge {
@@ -312,6 +353,7 @@ mod tests {
                 (LinkAddr(base + 0x40), Vec::new()),
             ],
             prototypes: HashMap::from([("evict".to_owned(), Prototype { returns, parameters })]),
+            variables: vec![(LinkAddr(base)..LinkAddr(base + 8), inode())],
         })
     }
 
@@ -336,6 +378,8 @@ mod tests {
         assert_eq!(chain[1], frame("drop_one", "fs/inode.c", 70, true));
         assert_eq!(chain[2], frame("evict", "fs/inode.c", 600, false));
         assert!(knowledge.source(base + 0x41).is_empty());
+        assert_eq!(knowledge.variables_at(base + 7), [inode()]);
+        assert!(knowledge.variables_at(base + 8).is_empty());
         let prototype = knowledge.prototype("evict.isra.0").unwrap();
         assert_eq!(prototype.parameters[0].name, "inode");
         assert!(

@@ -340,7 +340,7 @@ pub fn knowledge_from_memory(
     let symbols = symbols(memory, types, module).unwrap_or_default();
     let prototypes = btf.map(|btf| prototypes(btf, &symbols)).unwrap_or_default();
     let unwind = unwind(memory, types, module).unwrap_or_default();
-    Knowledge::new(KnowledgeParts { symbols, unwind, source: Vec::new(), prototypes })
+    Knowledge::new(KnowledgeParts { symbols, unwind, prototypes, ..KnowledgeParts::default() })
 }
 
 type SymbolParts = Vec<(String, LinkAddr, u64, SymbolKind)>;

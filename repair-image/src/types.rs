@@ -94,4 +94,10 @@ pub trait Types {
 
     /// Prototype behind a function-pointer member: `("file_operations", "write")`.
     fn member_prototype(&self, structure: &str, path: &str) -> Option<Prototype>;
+
+    /// Path and type of the innermost member of a structure at an offset in bytes; of a union, one
+    /// that fits. `None` where layouts can be asked by name only.
+    fn member_at(&self, _structure: &str, _offset: u64) -> Option<(String, TypeShape)> {
+        None
+    }
 }

@@ -84,11 +84,11 @@ impl Guarded {
         let command = format!("crash {driver} {} {} 10000", act.operation, act.case);
         let answer = self.vm.agent().command(&command)?;
         let field = |name: &str| answer.field(name).map(str::to_owned);
-        Ok(match (field("errno"), field("signal"), field("value")) {
+        Ok(match (field("errno"), field("signal"), field("self")) {
             (_, Some(signal), _) => format!("killed by signal {signal}"),
-            (Some(errno), _, _) if errno != "0" => format!("-1 {errno}"),
-            (_, _, Some(value)) => value,
-            _ => answer.text().to_owned(),
+            (Some(errno), _, _) if errno != "0" => format!("error {errno}"),
+            (_, _, Some(open)) if open.starts_with("open:") => format!("{} at open()", &open[5..]),
+            _ => "success".to_owned(),
         })
     }
 

@@ -30,15 +30,19 @@ struct Act {
 const FIRST: Act =
     Act { operation: "write", case: "null-deref", words: "NULL dereference in write()" };
 
-/// More ways to crash, in the guarded VM only, each by another driver so that no strikes add up.
-const MORE: [(&str, Act); 3] = [
+/// More ways to crash, in the guarded VM only.
+const MORE: [(&str, Act); 4] = [
     (
-        LOCKS,
+        "crash_locks",
         Act {
             operation: "write",
-            case: "mutex-irqsave",
+            case: "three-locks",
             words: "BUG() under a mutex and two spinlocks",
         },
+    ),
+    (
+        "crash_locks",
+        Act { operation: "write", case: "rcu", words: "NULL dereference in an RCU section" },
     ),
     (
         "crash_timer",
@@ -46,10 +50,9 @@ const MORE: [(&str, Act); 3] = [
     ),
     (
         "crash_work",
-        Act { operation: "write", case: "workqueue", words: "NULL dereference in a work item" },
+        Act { operation: "idle", case: "kthread", words: "NULL dereference in a kernel thread" },
     ),
 ];
-const LOCKS: &str = "crash_locks";
 
 /// Runs `defib demo`.
 ///
@@ -124,7 +127,7 @@ fn more_ways(screen: &mut Screen, guarded: &mut Guarded) -> Result<()> {
             crash.repair(),
         ]);
     }
-    screen.table(&["crash", "the process saw", "stood for", "repair"], &rows);
+    screen.table(&["crash", "the process saw", "VM stood for", "repair"], &rows);
     Ok(())
 }
 

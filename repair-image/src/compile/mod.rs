@@ -2,6 +2,7 @@
 //! the knowledge is elsewhere.
 
 mod elf;
+mod layouts;
 mod lines;
 mod module;
 mod relocate;
@@ -9,6 +10,7 @@ mod scopes;
 mod types;
 mod units;
 mod unwind;
+mod variables;
 mod vmlinux;
 
 pub use module::module;

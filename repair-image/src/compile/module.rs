@@ -4,12 +4,14 @@ use std::collections::HashMap;
 
 use gimli::{Dwarf, EndianSlice, LittleEndian, SectionId};
 use guest::GuestVirt;
+use object::read::elf::ElfSection64;
 use object::{Object, ObjectSection};
 
 use super::elf;
 use super::relocate::{self, Places};
 use super::units::{self, Units};
 use super::unwind::Tables;
+use super::variables;
 use crate::draft::Draft;
 use crate::orc::OrcLayout;
 use crate::{Error, Knowledge};
@@ -32,14 +34,13 @@ pub fn module(
         .sections()
         .filter_map(|section| Some((section.index(), *placed.get(section.name().ok()?)?)))
         .collect();
-    let text: Vec<_> = elf
-        .sections()
-        .filter(|section| elf::is_code(section.flags()))
-        .filter_map(|section| {
-            let at = *places.get(&section.index())?;
-            Some(at..at.checked_add(section.size())?)
-        })
-        .collect();
+    let range = |section: &ElfSection64<'_, '_, object::LittleEndian, &[u8]>| {
+        let at = *places.get(&section.index())?;
+        Some(at..at.checked_add(section.size())?)
+    };
+    let ranges: Vec<_> = elf.sections().filter_map(|section| range(&section)).collect();
+    let code = elf.sections().filter(|section| elf::is_code(section.flags()));
+    let text: Vec<_> = code.filter_map(|section| range(&section)).collect();
 
     let mut loaded: HashMap<SectionId, Vec<u8>> = HashMap::new();
     Dwarf::load(|id| {
@@ -72,5 +73,6 @@ pub fn module(
         functions: gathered.functions,
         files: gathered.files.iter().map(String::as_str).collect(),
         prototypes: gathered.prototypes.iter().map(|(name, own)| (*name, own)).collect(),
+        variables: variables::gather(&units, &text, &ranges),
     })
 }

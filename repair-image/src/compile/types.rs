@@ -13,7 +13,7 @@ const MAX_CHAIN: usize = 32;
 /// Most parameters of a function.
 const MAX_PARAMETERS: usize = 64;
 
-type Entry<'d> = DebuggingInformationEntry<Slice<'d>>;
+pub(super) type Entry<'d> = DebuggingInformationEntry<Slice<'d>>;
 
 /// Types of one unit.
 pub(super) struct UnitTypes<'a, 'd> {
@@ -27,12 +27,12 @@ impl<'a, 'd> UnitTypes<'a, 'd> {
         Self { units, unit, known: HashMap::new() }
     }
 
-    fn name(&self, entry: &Entry<'d>) -> Option<String> {
+    pub(super) fn name(&self, entry: &Entry<'d>) -> Option<String> {
         let name = self.units.text(self.unit, entry.attr_value(dw::DW_AT_name)?)?;
         Some(name.to_owned())
     }
 
-    fn type_of(entry: &Entry<'d>) -> Option<UnitOffset> {
+    pub(super) fn type_of(entry: &Entry<'d>) -> Option<UnitOffset> {
         match entry.attr_value(dw::DW_AT_type)? {
             AttributeValue::UnitRef(offset) => Some(offset),
             _ => None,
@@ -41,7 +41,7 @@ impl<'a, 'd> UnitTypes<'a, 'd> {
 
     /// Follows modifiers and typedefs; `None` inside = void.
     #[expect(clippy::type_complexity, reason = "a type of its own would be used here only")]
-    fn resolve(
+    pub(super) fn resolve(
         &self,
         mut offset: Option<UnitOffset>,
     ) -> Option<(Option<(UnitOffset, Entry<'d>)>, Option<String>)> {
@@ -67,7 +67,7 @@ impl<'a, 'd> UnitTypes<'a, 'd> {
     }
 
     /// Shape of the type at this offset; `None` = void.
-    fn shape(&mut self, offset: Option<UnitOffset>) -> TypeShape {
+    pub(super) fn shape(&mut self, offset: Option<UnitOffset>) -> TypeShape {
         let Some(at) = offset else { return TypeShape::Void };
         if let Some(known) = self.known.get(&at) {
             return known.clone();

@@ -20,7 +20,7 @@ use crate::{Error, Prototype, base_name};
 pub(super) struct Units<'d> {
     pub(super) dwarf: Dwarf<Slice<'d>>,
     /// In the order of the section.
-    headers: Vec<UnitHeader<Slice<'d>>>,
+    pub(super) headers: Vec<UnitHeader<Slice<'d>>>,
 }
 
 fn dwarf_error(what: &'static str) -> impl Fn(gimli::Error) -> Error {

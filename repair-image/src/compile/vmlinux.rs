@@ -14,6 +14,7 @@ use crate::cfi::Agreement;
 use crate::draft::{Draft, DraftSymbol};
 use crate::mmap::MappedFile;
 use crate::orc::OrcLayout;
+use crate::variables::Variables;
 use crate::{Btf, BuildId, Error, KernelLayer, Types, table};
 
 /// A compiled kernel, as sections of a knowledge file.
@@ -100,6 +101,8 @@ fn compile(bytes: &[u8]) -> Result<Compiled, Error> {
         functions: gathered.functions,
         files: gathered.files.iter().map(String::as_str).collect(),
         prototypes: prototypes.iter().map(|(name, prototype)| (*name, prototype)).collect(),
+        // Those of the kernel are many, and BTF has no need of them: not kept.
+        variables: Variables::default(),
     };
     Ok(Compiled {
         sections: draft.encode(),

@@ -1,0 +1,66 @@
+//! What must hold of ELF files: a module's object, a vmcore.
+
+use diagnose::vmcore::Vmcore;
+use guest::{GuestPhys, GuestVirt, LinkAddr, Machine, MemoryError, PhysMemory, Vcpu};
+use repair_image::{OrcLayout, Vmcoreinfo, compile};
+
+/// Where sections of a module are placed, guest-virtual, 64 KiB apart.
+const MODULE: u64 = 0xffff_ffff_c000_0000;
+/// Sections that are placed.
+const SECTIONS: [&str; 6] =
+    [".text", ".text.unlikely", ".init.text", ".data", ".rodata", ".orc_unwind_ip"];
+
+/// A module's object file: what is known of it is at the places it was given.
+///
+/// # Panics
+/// When that does not hold.
+pub fn module_object(data: &[u8]) {
+    let places = (0u64..).zip(SECTIONS);
+    let places: Vec<_> = places
+        .map(|(index, name)| (name.to_owned(), GuestVirt(MODULE + (index << 16))))
+        .collect();
+    let Ok(knowledge) = compile::module(data, &places, Some(OrcLayout::V6_4)) else { return };
+    assert!(knowledge.symbols().is_sorted_by_key(|symbol| symbol.at));
+    for symbol in knowledge.functions().take(64) {
+        for at in [symbol.at, LinkAddr(symbol.at.0.wrapping_add(symbol.size / 2))] {
+            let chain = knowledge.source(at);
+            assert!(chain.len() <= 64);
+            knowledge.unwind_row(at);
+        }
+        assert!(knowledge.symbols_named(symbol.name).any(|other| other.at == symbol.at));
+        if let Some(prototype) = knowledge.prototype(symbol.name) {
+            assert!(prototype.parameters.len() <= 255);
+        }
+    }
+}
+
+/// A vmcore: what it says is RAM can be read or was not captured, and no more of it is found than is there.
+///
+/// # Panics
+/// When that does not hold.
+pub fn vmcore(data: &[u8]) {
+    let Ok(mut core) = Vmcore::parse(data) else { return };
+    let count = core.vcpu_count();
+    assert!(count <= data.len() / 12, "a vCPU without a note");
+    assert!((0..count).all(|vcpu| core.registers(Vcpu(vcpu)).is_ok()));
+    assert!(core.registers(Vcpu(count)).is_err());
+    let phys = core.phys();
+    let ranges = phys.ranges();
+    for range in &ranges {
+        assert!(range.start < range.end, "a range of RAM that wraps: {range:?}");
+        let mut byte = [0];
+        for at in [range.start, GuestPhys(range.end.0 - 1)] {
+            let read = phys.read(at, &mut byte);
+            assert!(matches!(read, Ok(()) | Err(MemoryError::NotCaptured { .. } | MemoryError::NotRam { .. })));
+            if let Some(slice) = phys.slice(at..at + 1) {
+                assert_eq!((slice, read), (&byte[..], Ok(())));
+            }
+        }
+    }
+    let total: u128 = ranges.iter().map(|range| u128::from(range.end.0 - range.start.0)).sum();
+    // What follows goes through all RAM page by page.
+    if total <= 16 << 20 {
+        assert!(Vmcoreinfo::find_all(phys).len() <= 64);
+        let _ = repair_image::without_files(phys, &[]);
+    }
+}
