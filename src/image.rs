@@ -39,7 +39,7 @@ fn build(qmp: Option<&Path>, sources: &KnowledgeSources, output: &Path) -> Resul
         }
         Some(qmp) => {
             let machine = Qemu::attach(AttachOptions::new(qmp))?;
-            let learned = knowledge::learn(machine.phys(), sources)?;
+            let learned = knowledge::learn(machine.phys(), sources, &[])?;
             machine.detach()?;
             let Some(layer) = learned.kernel.layer else {
                 bail!(

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use guest::PhysMemory;
+use guest::{PhysMemory, Registers};
 use repair_image::{
     BuildId, GuestLayer, KernelFacts, KernelLayer, kernel_layer, locate_without_files,
     without_files,
@@ -35,15 +35,20 @@ pub struct Learned {
     pub taken: Duration,
 }
 
-/// Learns the guest's kernel and takes the guest layer from its memory.
+/// Learns the guest's kernel and takes the guest layer from its memory. `vcpus` may hold registers: a guest
+/// that has rebooted keeps traces of its former kernel in memory, and only CR3 tells which one runs.
 ///
 /// # Errors
 /// When no kernel is found in the memory, or the one that was named is another.
-pub fn learn(phys: &dyn PhysMemory, sources: &KnowledgeSources) -> Result<Learned> {
-    if let Some(kernel) = from_files(phys, sources)? {
-        return take(phys, kernel);
+pub fn learn(
+    phys: &dyn PhysMemory,
+    sources: &KnowledgeSources,
+    vcpus: &[Registers],
+) -> Result<Learned> {
+    if let Some(kernel) = from_files(phys, sources, vcpus)? {
+        return take(phys, kernel, vcpus);
     }
-    let (located, facts) = without_files(phys, &[]).context("no Linux kernel in guest memory")?;
+    let (located, facts) = without_files(phys, vcpus).context("no Linux kernel in guest memory")?;
     let start = Instant::now();
     let layer = GuestLayer::take_located(phys, &facts, located)?;
     let origin = "guest memory (no debug information: no lines in reports)".to_owned();
@@ -54,22 +59,26 @@ pub fn learn(phys: &dyn PhysMemory, sources: &KnowledgeSources) -> Result<Learne
 ///
 /// # Errors
 /// When the guest runs another kernel.
-pub fn take(phys: &dyn PhysMemory, kernel: Kernel) -> Result<Learned> {
+pub fn take(phys: &dyn PhysMemory, kernel: Kernel, vcpus: &[Registers]) -> Result<Learned> {
     let start = Instant::now();
-    let layer = GuestLayer::take(phys, &kernel.facts, &[])
+    let layer = GuestLayer::take(phys, &kernel.facts, vcpus)
         .with_context(|| format!("the guest does not fit {}", kernel.origin))?;
     Ok(Learned { kernel, layer, taken: start.elapsed() })
 }
 
 /// Facts from a file: named, in the cache, or found by build id.
-fn from_files(phys: &dyn PhysMemory, sources: &KnowledgeSources) -> Result<Option<Kernel>> {
+fn from_files(
+    phys: &dyn PhysMemory,
+    sources: &KnowledgeSources,
+    vcpus: &[Registers],
+) -> Result<Option<Kernel>> {
     let cache = cache(sources);
     if let Some(vmlinux) = &sources.vmlinux {
         let layer = kernel_layer::cached(vmlinux, &cache, threads())
             .with_context(|| format!("cannot use {}", vmlinux.display()))?;
         return of_layer(layer, vmlinux.display().to_string()).map(Some);
     }
-    let Some(build_id) = locate_without_files(phys, &[]).ok().and_then(|found| found.0.build_id)
+    let Some(build_id) = locate_without_files(phys, vcpus).ok().and_then(|found| found.0.build_id)
     else {
         return Ok(None);
     };

@@ -21,7 +21,7 @@ pub fn run(arguments: &PlanArguments) -> Result<Outcome> {
     let bytes = MappedFile::open(dump).with_context(|| format!("cannot use {}", dump.display()))?;
     let mut core =
         Vmcore::parse(bytes).with_context(|| format!("cannot use {}", dump.display()))?;
-    let learned = knowledge::learn(core.phys(), &arguments.knowledge)?;
+    let learned = knowledge::learn(core.phys(), &arguments.knowledge, &[])?;
     let image = RepairImage::assemble(&learned.kernel.facts, &learned.layer);
     let vcpus = (0..core.vcpu_count())
         .map(|vcpu| core.registers(Vcpu(vcpu)))

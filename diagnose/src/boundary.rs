@@ -37,8 +37,10 @@ impl Scene<'_> {
     ) -> FrameEffects {
         let image = self.kernel.image;
         let per_cpu = self.context.cpu.and_then(|cpu| image.placement.per_cpu.get(cpu)).copied();
-        let around = Around { task: self.current, interrupts_enabled, per_cpu };
         let frames = &self.fault.frames;
+        let whole = range.end == segment(self.fault).end
+            && (range.end < frames.len() || self.fault.is_complete());
+        let around = Around { task: self.current, interrupts_enabled, per_cpu, whole };
         let mut found = effects::of(image, self.kernel.memory, cache, frames, range, &around);
         found.undetermined.retain(|&index| !frames.get(index).is_some_and(|it| self.is_entry(it)));
         found

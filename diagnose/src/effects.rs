@@ -20,6 +20,9 @@ pub struct Around {
     pub interrupts_enabled: Option<bool>,
     /// Per-CPU base of the CPU.
     pub per_cpu: Option<u64>,
+    /// Whether the frames reach out to the entry, so that no frame outside them can hold what one of
+    /// them gives back.
+    pub whole: bool,
 }
 
 /// What the frames `range` (indices, innermost first) hold.
@@ -31,18 +34,21 @@ pub fn of(
     range: Range<usize>,
     around: &Around,
 ) -> FrameEffects {
-    let mut summary = Summary::default();
     let looker = Looker { image, memory, around };
-    for index in range.rev() {
+    let mut candidates = Vec::new();
+    for index in range {
         let Some(frame) = frames.get(index) else { continue };
-        match looker.frame(cache, frame) {
-            Some(list) => {
-                for one in list {
-                    summary.add(one, index);
-                }
-            }
-            None => summary.undetermined.push(index),
+        candidates.push((index, looker.candidates(cache, frame)));
+    }
+    let mut summary = Summary::default();
+    for (index, one) in &candidates {
+        match one.as_ref().and_then(|one| one.chosen(&summary.given_back)) {
+            Some(list) => summary.add(list, *index),
+            None => summary.undetermined.push(*index),
         }
+    }
+    if around.whole && !summary.is_balanced() {
+        summary = balanced(&candidates).unwrap_or(summary);
     }
     let counted = cache.preemption_counted(image, memory);
     summary.finish(counted, around.interrupts_enabled)
@@ -62,6 +68,30 @@ impl Resolved {
     fn is_owned(&self) -> bool {
         matches!(self.item.effect.class, Class::Mutex | Class::RwsemWrite)
     }
+
+    fn is_given_back(&self) -> bool {
+        self.item.standing == Standing::GivenBack
+    }
+
+    fn is_contradicted(&self) -> bool {
+        matches!(self.confirmed, Confirmation::Contradicted { .. })
+    }
+
+    /// Whether both speak of the same thing, wherever it was taken. An address that is not known is
+    /// the same as none.
+    fn is_of(&self, other: &Self) -> bool {
+        let (own, others) = (self.item.effect, other.item.effect);
+        let one_lock = match (self.lock, other.lock) {
+            (Some(own), Some(others)) => own == others,
+            _ => own.lock == Lock::None && others.lock == Lock::None,
+        };
+        (own.class, own.also, own.amount) == (others.class, others.also, others.amount) && one_lock
+    }
+
+    /// Whether `inner`, given back by a frame further in, is this one.
+    fn is_ended_by(&self, inner: &Self) -> bool {
+        !self.is_given_back() && self.is_of(inner)
+    }
 }
 
 struct Looker<'a> {
@@ -71,8 +101,8 @@ struct Looker<'a> {
 }
 
 impl Looker<'_> {
-    /// What one frame holds; `None` when that is not determined.
-    fn frame(&self, cache: &mut CodeCache, frame: &Frame) -> Option<Vec<Resolved>> {
+    /// What one frame may hold; `None` when its code does not say.
+    fn candidates(&self, cache: &mut CodeCache, frame: &Frame) -> Option<Candidates> {
         let table = cache.table(self.image);
         let analysis = cache.analysis(self.image, self.memory, frame.pc.lookup())?;
         let answer = analysis.at(&table, frame.pc);
@@ -97,19 +127,11 @@ impl Looker<'_> {
                 lists.push(list);
             }
         }
-        let mut chosen = choose(lists)?;
-        if let CodeAddress::Return(_) = frame.pc {
-            // In the middle of a call that gives it back, the lock may be free already.
-            let giving = analysis.gives_at(&table, frame.pc);
-            chosen.retain(|one| {
-                let gone = matches!(one.confirmed, Confirmation::Contradicted { .. });
-                !(gone && giving == Some(one.item.effect.class))
-            });
-        }
-        let contradicted =
-            |one: &Resolved| matches!(one.confirmed, Confirmation::Contradicted { .. });
-        let foreign = |one: &Resolved| one.item.effect.class == Class::Foreign;
-        (!chosen.iter().any(|one| contradicted(one) || foreign(one))).then_some(chosen)
+        let giving = match frame.pc {
+            CodeAddress::Return(_) => analysis.gives_at(&table, frame.pc),
+            CodeAddress::Exact(_) => None,
+        };
+        Some(Candidates { lists, giving })
     }
 
     /// The resources of one state; `None` when it can't be told whether one is held.
@@ -132,6 +154,8 @@ impl Looker<'_> {
         let (lock, name) = self.lock(place, item);
         let confirmed = match item.effect.lock {
             Lock::None => Confirmation::NotApplicable,
+            // Who took it since, if anyone, is not of interest.
+            _ if item.standing == Standing::GivenBack => Confirmation::NotApplicable,
             _ => self.confirm(item.effect.class, lock),
         };
         let flags = item.saved.and_then(|saved| place.resolve(saved));
@@ -253,70 +277,143 @@ fn is_held(
     }
 }
 
+/// Whether two lists say the same. Where a resource was taken does not matter as long as it is known
+/// to be the same one: a loop that waits drops its lock and takes it again at another place.
 fn same(a: &[Resolved], b: &[Resolved]) -> bool {
     let alike = |(x, y): (&Resolved, &Resolved)| {
-        x.item.site == y.item.site
+        (x.item.site == y.item.site && x.lock == y.lock || x.is_of(y))
             && x.item.standing == y.item.standing
-            && x.lock == y.lock
             && x.saved == y.saved
     };
     a.len() == b.len() && a.iter().zip(b).all(alike)
 }
 
-/// The one list that memory speaks for: each of its locks is confirmed, and of the others' locks none
-/// that it has not.
-fn choose(mut lists: Vec<Vec<Resolved>>) -> Option<Vec<Resolved>> {
-    if lists.len() <= 1 {
-        return lists.pop();
+/// What one frame may hold: a list for each way that its code may have been gone through.
+struct Candidates {
+    lists: Vec<Vec<Resolved>>,
+    /// What the call gives back that the frame stands in.
+    giving: Option<Class>,
+}
+
+impl Candidates {
+    /// What the frame holds; `None` when that is not determined. What frames further in gave back
+    /// without having taken it may be this frame's, and then its lock word says nothing.
+    fn chosen(&self, given_back: &[(Resolved, usize)]) -> Option<Vec<Resolved>> {
+        let ended = |one: &Resolved| given_back.iter().any(|(inner, _)| one.is_ended_by(inner));
+        self.credible(choose(&self.lists, ended)?, ended)
     }
-    let sure = |one: &Resolved| one.confirmed == Confirmation::Confirmed;
-    let fits = |list: &Vec<Resolved>| {
+
+    /// A list, unless memory denies it.
+    fn credible(
+        &self,
+        list: &[Resolved],
+        ended: impl Fn(&Resolved) -> bool,
+    ) -> Option<Vec<Resolved>> {
+        // In the middle of a call that gives it back, the lock may be free already.
+        let gone = |one: &Resolved| {
+            one.is_contradicted() && !ended(one) && self.giving == Some(one.item.effect.class)
+        };
+        let list: Vec<Resolved> = list.iter().filter(|one| !gone(one)).cloned().collect();
+        let doubtful = |one: &Resolved| {
+            one.is_contradicted() && !ended(one) || one.item.effect.class == Class::Foreign
+        };
+        (!list.iter().any(doubtful)).then_some(list)
+    }
+}
+
+/// The one list that memory speaks for: each of its locks is confirmed (or was ended by a frame
+/// further in), and of the others' locks none that it has not.
+fn choose(lists: &[Vec<Resolved>], ended: impl Fn(&Resolved) -> bool) -> Option<&[Resolved]> {
+    if let [only] = lists {
+        return Some(only);
+    }
+    let sure = |one: &Resolved| one.confirmed == Confirmation::Confirmed || ended(one);
+    let fits = |list: &&Vec<Resolved>| {
         let has = |one: &Resolved| list.iter().any(|own| own.lock == one.lock);
         list.iter().all(sure) && !lists.iter().flatten().any(|one| sure(one) && !has(one))
             // Without a lock word nothing speaks for or against an entry.
             && lists.iter().flatten().all(|one| one.lock.is_some())
     };
-    let mut fitting = lists.iter().filter(|list| fits(list));
+    let mut fitting = lists.iter().filter(fits);
     let first = fitting.next()?;
-    fitting.next().is_none().then(|| first.clone())
+    fitting.next().is_none().then_some(first)
 }
 
-#[derive(Default)]
+/// Most combinations of lists that are tried.
+const MAX_COMBINATIONS: usize = 64;
+
+/// The one combination of lists in which each release has a frame further out that took what it gave
+/// back. To be asked only of frames that reach out to the entry: what really happened is among the
+/// combinations then.
+fn balanced(candidates: &[(usize, Option<Candidates>)]) -> Option<Summary> {
+    let mut ways = vec![Summary::default()];
+    for (index, candidates) in candidates {
+        let candidates = candidates.as_ref()?;
+        let mut next = Vec::new();
+        for way in &ways {
+            for list in &candidates.lists {
+                let ended =
+                    |one: &Resolved| way.given_back.iter().any(|(inner, _)| one.is_ended_by(inner));
+                let Some(list) = candidates.credible(list, ended) else { continue };
+                let mut way = way.clone();
+                way.add(list, *index);
+                next.push(way);
+            }
+        }
+        if next.len() > MAX_COMBINATIONS {
+            return None;
+        }
+        ways = next;
+    }
+    ways.retain(Summary::is_balanced);
+    let [way] = ways.as_slice() else { return None };
+    // A lock that names the current task as its owner can't be left out; any other word may be chance.
+    let lists = candidates.iter().filter_map(|(_, one)| one.as_ref()).flat_map(|one| &one.lists);
+    let mut owned = lists
+        .flatten()
+        .filter(|one| one.is_owned() && one.confirmed == Confirmation::Confirmed);
+    owned.all(|one| way.held.iter().any(|(held, _)| held.is_of(one))).then(|| way.clone())
+}
+
+/// What the frames looked at so far hold, innermost first.
+#[derive(Clone, Default)]
 struct Summary {
+    /// Innermost first.
     held: Vec<(Resolved, usize)>,
     undetermined: Vec<usize>,
-    /// Added to the preempt count by what was given back for frames further out.
-    given_back: Vec<Resolved>,
-    enabled_interrupts: bool,
+    /// Given back for frames further out than those looked at so far.
+    given_back: Vec<(Resolved, usize)>,
 }
 
 impl Summary {
-    /// Adds a resource of frame `index`; frames come outermost first.
-    fn add(&mut self, one: Resolved, index: usize) {
-        if one.item.standing != Standing::GivenBack {
-            self.held.push((one, index));
-            return;
-        }
-        let class = one.item.effect.class;
-        let taken = self.held.iter().rposition(|(held, _)| {
-            held.item.effect.class == class
-                && held.item.effect.amount == one.item.effect.amount
-                && held.lock == one.lock
-        });
-        match taken {
-            Some(taken) => {
-                self.held.remove(taken);
+    /// Adds what frame `index` holds, in the order in which it was taken; frames come innermost first.
+    fn add(&mut self, list: Vec<Resolved>, index: usize) {
+        for one in list.into_iter().rev() {
+            if one.is_given_back() {
+                self.given_back.push((one, index));
+                continue;
             }
-            None if class == Class::Interrupts => self.enabled_interrupts = true,
-            None => {
-                // It belongs to a frame outside the range.
-                self.undetermined.push(index);
-                self.given_back.push(one);
+            match self.given_back.iter().position(|(inner, _)| one.is_ended_by(inner)) {
+                Some(ended) => drop(self.given_back.remove(ended)),
+                None => self.held.push((one, index)),
             }
         }
     }
 
+    /// Whether everything is determined and nothing was given back that none of the frames took.
+    fn is_balanced(&self) -> bool {
+        let flag = |(one, _): &(Resolved, usize)| one.item.effect.class == Class::Interrupts;
+        self.undetermined.is_empty() && self.given_back.iter().all(flag)
+    }
+
     fn finish(mut self, counted: Option<bool>, interrupts: Option<bool>) -> FrameEffects {
+        self.held.reverse();
+        // What was not taken by any of the frames belongs to one outside the range. The interrupt flag
+        // can be followed nevertheless: only what it was before can't.
+        let switched_on = |(one, _): &(Resolved, usize)| one.item.effect.class == Class::Interrupts;
+        let enabled_interrupts = self.given_back.iter().any(switched_on);
+        self.given_back.retain(|one| !switched_on(one));
+        self.undetermined.extend(self.given_back.iter().map(|(_, index)| *index));
         let per_lock = i64::from(counted.unwrap_or(true));
         let preempt = |one: &Resolved| {
             let effect = one.item.effect;
@@ -334,7 +431,7 @@ impl Summary {
             effects.preempt_delta += preempt(one);
             effects.rcu_delta += rcu(one);
         }
-        for one in &self.given_back {
+        for (one, _) in &self.given_back {
             effects.preempt_delta -= preempt(one);
             effects.rcu_delta -= rcu(one);
         }
@@ -344,7 +441,7 @@ impl Summary {
         };
         let outermost = self.held.iter().find(|(one, _)| switches(one));
         effects.interrupts_before = match outermost {
-            _ if self.enabled_interrupts || !self.undetermined.is_empty() => None,
+            _ if enabled_interrupts || !self.undetermined.is_empty() => None,
             Some((one, _)) => one.saved,
             None => interrupts,
         };
@@ -421,7 +518,7 @@ mod tests {
         let pc = CodeAddress::Exact(GuestVirt(TEXT + offset));
         let frames = [frame(registers, rsp + depth, pc)];
         let around =
-            Around { task: Some(GuestVirt(TASK)), interrupts_enabled: Some(false), per_cpu: None };
+            Around { task: Some(GuestVirt(TASK)), interrupts_enabled: Some(false), ..Around::default() };
         of(&image, &machine.space(), &mut CodeCache::new(), &frames, 0..1, &around)
     }
 
@@ -468,6 +565,58 @@ mod tests {
         assert_eq!((held.held.len(), held.undetermined.len()), (1, 0));
         let free = effects(0xbe, 0x10, &[(OBJECT, 0)], 0);
         assert_eq!((free.held.len(), free.undetermined.len()), (0, 0));
+    }
+
+    #[test]
+    fn a_lock_taken_again_elsewhere_in_a_loop_is_the_same() {
+        let held = effects(0x151, 0x10, &[(OBJECT, TASK)], 0);
+        assert_eq!((held.held.len(), held.undetermined.len()), (1, 0));
+        assert_eq!(held.held[0].lock, Some(GuestVirt(OBJECT)));
+        assert_eq!(effects(0x151, 0x10, &[(OBJECT, 0)], 0).undetermined, [0]);
+    }
+
+    /// `worked` was called by `worker`, which thinks the lock is at `outer`.
+    fn given_back_further_in(range: Range<usize>, outer: Option<u64>, word: u64) -> FrameEffects {
+        let (image, mut machine) = fixture::kernel();
+        store(&mut machine, OBJECT, word);
+        let rsp = DATA + 0x100;
+        let inner = registers(0x12c, rsp).with(Reg::Rbx, OBJECT);
+        let outer = outer
+            .into_iter()
+            .fold(registers(0x121, rsp + 0x10), |registers, lock| registers.with(Reg::Rbx, lock));
+        let frames = [
+            frame(inner, rsp + 0x10, CodeAddress::Exact(GuestVirt(TEXT + 0x12c))),
+            frame(outer, rsp + 0x20, CodeAddress::Return(GuestVirt(TEXT + 0x121))),
+        ];
+        let around =
+            Around { task: Some(GuestVirt(TASK)), interrupts_enabled: Some(true), ..Around::default() };
+        of(&image, &machine.space(), &mut CodeCache::new(), &frames, range, &around)
+    }
+
+    #[test]
+    fn a_frame_further_in_ends_what_its_caller_holds() {
+        // Whether another CPU has taken it since does not matter.
+        for word in [0, 1] {
+            let both = given_back_further_in(0..2, Some(OBJECT), word);
+            assert!(both.held.is_empty() && both.undetermined.is_empty(), "{both:?}");
+            assert_eq!((both.preempt_delta, both.interrupts_before), (0, Some(true)));
+        }
+    }
+
+    #[test]
+    fn what_a_frame_outside_the_range_holds_is_not_concluded_from() {
+        let inner = given_back_further_in(0..1, Some(OBJECT), 0);
+        assert_eq!((inner.undetermined, inner.preempt_delta), (vec![0], -1));
+        let outer = given_back_further_in(1..2, Some(OBJECT), 0);
+        assert_eq!(outer.undetermined, [1]);
+    }
+
+    #[test]
+    fn another_lock_or_an_unknown_one_is_not_ended() {
+        let other = given_back_further_in(0..2, Some(OBJECT + 8), 0);
+        assert_eq!(other.undetermined, [0, 1]);
+        let unknown = given_back_further_in(0..2, None, 0);
+        assert_eq!(unknown.undetermined, [0]);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use guest::{GuestVirt, Reg, Registers};
 
 use crate::access::Access;
 use crate::code::{Instruction, OperandKind, call_before, instruction_at};
+use crate::expression::{self, Expression};
 use crate::fault::Fault;
 use crate::kernel::Kernel;
 use crate::message::Bug;
@@ -28,19 +29,23 @@ pub(crate) fn of(kernel: &Kernel<'_>, fault: &Fault, facts: &Facts<'_>) -> Optio
     let frame = fault.frames.get(fault.at).filter(|_| fault.found)?;
     let text = facts.instruction.map(ToString::to_string);
     let operands = facts.instruction.map(|it| operands(it, &frame.registers)).unwrap_or_default();
+    let expression = expression(kernel, frame, facts);
     Some(Explanation {
         instruction: text.unwrap_or_else(|| "no readable instruction".to_owned()),
         operands,
         accessed: facts.access.and_then(|access| access.at),
-        expression: expression(kernel, frame, facts.access),
-        sentence: sentence(kernel, fault, frame, facts),
+        sentence: sentence(kernel, fault, frame, facts, &expression),
+        expression: expression.accessed,
     })
 }
 
-/// The accessed operand as a source expression. Needs the places of variables, which knowledge does not
-/// hold without debug information; so far it never does.
-fn expression(_: &Kernel<'_>, _: &Frame, _: Option<&Access>) -> Option<String> {
-    None
+/// The accessed operand in the words of the source.
+fn expression(kernel: &Kernel<'_>, frame: &Frame, facts: &Facts<'_>) -> Expression {
+    let operand = facts.access.and_then(|access| access.operand.as_ref()).zip(facts.instruction);
+    let named = operand.map(|(operand, instruction)| {
+        expression::of_operand(kernel, frame, instruction.at, instruction.next(), operand)
+    });
+    named.unwrap_or_default()
 }
 
 /// Registers that the instruction uses, each once, with the values they had.
@@ -67,7 +72,13 @@ fn operands(instruction: &Instruction, registers: &Registers) -> Vec<(String, St
     listed
 }
 
-fn sentence(kernel: &Kernel<'_>, fault: &Fault, frame: &Frame, facts: &Facts<'_>) -> String {
+fn sentence(
+    kernel: &Kernel<'_>,
+    fault: &Fault,
+    frame: &Frame,
+    facts: &Facts<'_>,
+    expression: &Expression,
+) -> String {
     let place = display(frame);
     match facts.class {
         Some(CrashClass::Divide) => divide(kernel, frame, facts.instruction),
@@ -85,7 +96,7 @@ fn sentence(kernel: &Kernel<'_>, fault: &Fault, frame: &Frame, facts: &Facts<'_>
         }
         _ => match (facts.bug, facts.access) {
             (Some(bug), _) => format!("{place} hit {}", bug.text()),
-            (None, Some(access)) => accessed(kernel, fault, frame, access),
+            (None, Some(access)) => accessed(kernel, fault, frame, access, expression),
             (None, None) => match facts.instruction {
                 Some(instruction) => format!("{place} failed at `{instruction}`"),
                 None => format!("{place} failed"),
@@ -94,7 +105,13 @@ fn sentence(kernel: &Kernel<'_>, fault: &Fault, frame: &Frame, facts: &Facts<'_>
     }
 }
 
-fn accessed(kernel: &Kernel<'_>, fault: &Fault, frame: &Frame, access: &Access) -> String {
+fn accessed(
+    kernel: &Kernel<'_>,
+    fault: &Fault,
+    frame: &Frame,
+    access: &Access,
+    expression: &Expression,
+) -> String {
     let Some(at) = access.at else { return "the accessed address is not known".to_owned() };
     if access.fetch {
         return bad_call(kernel, fault, at);
@@ -110,7 +127,10 @@ fn accessed(kernel: &Kernel<'_>, fault: &Fault, frame: &Frame, access: &Access) 
         None => String::new(),
     };
     let mut said = format!("{verb}{size} at {at:#x}");
-    if let Some(cause) = cause(kernel, frame, access) {
+    if let Some(accessed) = &expression.accessed {
+        said += &format!(", `{accessed}`");
+    }
+    if let Some(cause) = cause(kernel, frame, access, expression) {
         said += &format!(": {cause}");
     } else if let Some(meaning) = meaning(at.0, kernel.image.placement.five_level) {
         let value = format!("{at:#x}, ");
@@ -119,16 +139,29 @@ fn accessed(kernel: &Kernel<'_>, fault: &Fault, frame: &Frame, access: &Access) 
     said
 }
 
-/// The registers of the operand, with what their values mean.
-fn cause(kernel: &Kernel<'_>, frame: &Frame, access: &Access) -> Option<String> {
+/// The registers of the operand, by the pointers they hold where these are known, with what their values mean.
+fn cause(
+    kernel: &Kernel<'_>,
+    frame: &Frame,
+    access: &Access,
+    expression: &Expression,
+) -> Option<String> {
     let operand = access.operand?;
     let five_level = kernel.image.placement.five_level;
     let mut said = Vec::new();
     for reg in [operand.base, operand.index].into_iter().flatten().filter(|&reg| reg != Reg::Rip) {
         let value = frame.registers.get(reg)?;
-        let mut one = reg.name().to_owned();
+        let mut one = match &expression.pointer {
+            Some((own, pointer)) if *own == reg => format!("`{pointer}`"),
+            _ => reg.name().to_owned(),
+        };
         if let Some(argument) = argument(kernel, frame, reg) {
-            one += &format!(" (argument {argument} of {})", function(frame));
+            one += &match &expression.pointer {
+                Some((own, pointer)) if *own == reg && *pointer == argument => {
+                    format!(" (argument of {})", function(frame))
+                }
+                _ => format!(" (argument {argument} of {})", function(frame)),
+            };
         }
         match meaning(value, five_level) {
             Some(meaning) => one += &format!(" is {meaning}"),
@@ -213,8 +246,26 @@ fn bad_call(kernel: &Kernel<'_>, fault: &Fault, at: GuestVirt) -> String {
     let caller = fault.at.checked_add(1).and_then(|index| fault.frames.get(index));
     let Some(caller) = caller else { return format!("executes {target}") };
     match call_before(kernel.memory, caller.pc.ip()) {
-        Some(call) => format!("{} calls {target}, by {}", display(caller), named(kernel, &call)),
+        Some(call) => {
+            let place = display(caller);
+            match pointer_called(kernel, caller, &call) {
+                Some(pointer) => format!("{place} calls {target}, by `{pointer}`"),
+                None => format!("{place} calls {target}, by {}", named(kernel, &call)),
+            }
+        }
         None => format!("{} calls {target}", display(caller)),
+    }
+}
+
+/// The function pointer of an indirect call.
+fn pointer_called(kernel: &Kernel<'_>, caller: &Frame, call: &Instruction) -> Option<String> {
+    match &call.operands.first()?.kind {
+        OperandKind::Register { reg, .. } => expression::of_register(kernel, caller, call.at, *reg),
+        OperandKind::Memory(memory) => {
+            let next = call.next();
+            expression::of_operand(kernel, caller, call.at, next, memory).accessed
+        }
+        _ => None,
     }
 }
 
@@ -270,9 +321,12 @@ fn overflow(fault: &Fault) -> String {
 
 #[cfg(test)]
 mod tests {
+    use guest::CodeAddress;
+
     use super::*;
     use crate::UnwindEnd;
-    use crate::testing::{fault, frame};
+    use crate::access::Mapped;
+    use crate::testing::{Guest, MODULE, fault, frame, saved};
 
     #[test]
     fn values_that_tell_their_story() {
@@ -284,6 +338,49 @@ mod tests {
         assert!(said(0x6b6b_6b6b_6b6b_6b6b).contains("freed"));
         assert_eq!(meaning(0xffff_8880_0000_0000, false), None);
         assert!(said(0x0001_0000_0000_0000).contains("no canonical"));
+    }
+
+    #[test]
+    fn a_pointer_of_the_source_stands_for_its_register() {
+        let mut guest = Guest::new()
+            .function("f", MODULE, 8)
+            .pointer("g", "gauge", Reg::Rdi, MODULE..MODULE + 8)
+            .types(|types| {
+                let types = types.with("calibration", "gain", 4, 4);
+                types.pointer("gauge", "calibration", 8, "calibration")
+            });
+        // mov rax, [rdi+8]; mov eax, [rax+4]; ret
+        guest.poke(MODULE, &[0x48, 0x8b, 0x47, 8, 0x8b, 0x40, 4, 0xc3]);
+        let registers = Registers::unknown().with(Reg::Rax, 0);
+        let mut at_fault = saved(frame("f", Some("m")));
+        at_fault.pc = CodeAddress::Exact(GuestVirt(MODULE + 4));
+        at_fault.registers = registers;
+        let fault = fault(vec![at_fault], 0, UnwindEnd::Outermost);
+        let image = guest.image();
+        let space = guest.machine.space();
+        let kernel = Kernel::new(&image, &space, &registers);
+        let instruction = instruction_at(kernel.memory, GuestVirt(MODULE + 4)).unwrap();
+        let access = Access {
+            at: Some(GuestVirt(4)),
+            fetch: false,
+            write: Some(false),
+            size: Some(4),
+            operand: instruction.accesses().next().map(|(_, memory)| *memory),
+            mapped: Mapped::No,
+        };
+        let facts = Facts {
+            class: Some(&CrashClass::NullDereference),
+            instruction: Some(&instruction),
+            access: Some(&access),
+            bug: None,
+            message: None,
+        };
+        let said = of(&kernel, &fault, &facts).unwrap();
+        assert_eq!(said.expression.as_deref(), Some("g->calibration->gain"));
+        assert_eq!(
+            said.sentence,
+            "reads 4 bytes at 0x4, `g->calibration->gain`: `g->calibration` is NULL"
+        );
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod diagnosis;
 pub mod effects;
 mod error;
 mod explain;
+mod expression;
 mod fault;
 mod hung;
 mod kernel;
@@ -25,6 +26,7 @@ pub mod tasks;
 mod testing;
 pub mod unwind;
 pub mod vmcore;
+mod warm;
 
 use boundary::Scene;
 pub use code::CodeCache;
@@ -36,6 +38,7 @@ pub use diagnosis::{
     FrameEffects, Held, Offender, ResourceKind, Task, Trust, UnwindEnd,
 };
 pub use error::Error;
+pub use warm::warm;
 
 use fault::Fault;
 use kernel::Kernel;
@@ -53,6 +56,7 @@ pub fn diagnose(
     vcpu: Vcpu,
     cache: &mut CodeCache,
 ) -> Result<Diagnosis, Error> {
+    cache.look_again();
     let placement = &image.placement;
     let space = AddressSpace::new(phys, placement.root, placement.five_level);
     let kernel = Kernel::new(image, &space, registers);

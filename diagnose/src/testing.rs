@@ -9,7 +9,7 @@ use guest::fake::{FakeMachine, PageSize};
 use guest::{CodeAddress, GuestPhys, GuestVirt, Hook, HookKind, LinkAddr, Reg, Registers, Vcpu};
 use repair_image::{
     Knowledge, KnowledgeParts, Member, Module, Placement, Prototype, RepairImage, SourceFrame,
-    SymbolKind, TypeShape, Types, UnwindRow,
+    SymbolKind, TypeShape, Types, UnwindRow, Variable, VariableLocation,
 };
 
 use crate::fault::Fault;
@@ -168,6 +168,7 @@ pub(crate) fn golden(name: &str, found: &str) {
 #[derive(Default)]
 pub(crate) struct FakeTypes {
     members: HashMap<(String, String), (u64, u64)>,
+    pointers: HashMap<(String, u64), (String, String)>,
     sizes: HashMap<String, u64>,
 }
 
@@ -176,6 +177,13 @@ impl FakeTypes {
     pub(crate) fn with(mut self, structure: &str, path: &str, offset: u64, size: u64) -> Self {
         self.members.insert((structure.to_owned(), path.to_owned()), (offset, size));
         self
+    }
+
+    /// Adds a member that is a pointer to a structure.
+    pub(crate) fn pointer(mut self, structure: &str, path: &str, offset: u64, to: &str) -> Self {
+        let member = (path.to_owned(), to.to_owned());
+        self.pointers.insert((structure.to_owned(), offset), member);
+        self.with(structure, path, offset, 8)
     }
 
     /// Adds the size of a structure.
@@ -247,6 +255,16 @@ impl Types for FakeTypes {
     fn member_prototype(&self, _: &str, _: &str) -> Option<Prototype> {
         None
     }
+
+    fn member_at(&self, structure: &str, offset: u64) -> Option<(String, TypeShape)> {
+        if let Some((path, to)) = self.pointers.get(&(structure.to_owned(), offset)) {
+            return Some((path.clone(), TypeShape::Pointer { to: Some(to.clone()) }));
+        }
+        let mut members = self.members.iter();
+        let ((_, path), _) =
+            members.find(|((own, _), (start, _))| own == structure && *start == offset)?;
+        Some((path.clone(), TypeShape::Other))
+    }
 }
 
 /// Guest-virtual start of the kernel's text, 2 MiB.
@@ -296,6 +314,18 @@ impl Guest {
     pub(crate) fn function(mut self, name: &str, at: u64, size: u64) -> Self {
         let parts = if at >= MODULE { &mut self.module } else { &mut self.parts };
         parts.symbols.push((name.to_owned(), LinkAddr(at), size, SymbolKind::Function));
+        self
+    }
+
+    /// A pointer to a structure in a register of module `m`, over a range of its text.
+    pub(crate) fn pointer(mut self, name: &str, to: &str, reg: Reg, code: Range<u64>) -> Self {
+        let variable = Variable {
+            name: name.to_owned(),
+            shape: TypeShape::Pointer { to: Some(to.to_owned()) },
+            location: VariableLocation::Register(reg),
+        };
+        let code = LinkAddr(code.start)..LinkAddr(code.end);
+        self.module.variables.push((code, variable));
         self
     }
 

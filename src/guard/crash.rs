@@ -229,7 +229,8 @@ impl Guard<'_> {
     }
 }
 
-fn all_registers(machine: &mut dyn Machine) -> Result<Vec<Registers>> {
+/// Registers of every vCPU of a machine that stands.
+pub(super) fn all_registers(machine: &mut dyn Machine) -> Result<Vec<Registers>> {
     let vcpus = machine.vcpu_count();
     (0..vcpus).map(|vcpu| machine.registers(Vcpu(vcpu)).context("registers")).collect()
 }

@@ -112,10 +112,6 @@ impl<'a> Guard<'a> {
         Ok(self.events.say("armed", json!({ "hooks": hooks }), &text)?)
     }
 
-    fn disarm(&mut self) -> Result<()> {
-        self.standing(|machine| Ok(machine.hooks().context("no hooks")?.disarm()?))
-    }
-
     /// Does `work` while the guest stands, and lets it run on if it ran.
     fn standing(&mut self, work: impl FnOnce(&mut Qemu) -> Result<()>) -> Result<()> {
         let ran = self.machine.is_running();
@@ -175,7 +171,8 @@ impl<'a> Guard<'a> {
     /// The guest was reset: all that is known of its memory is void until it has booted again.
     fn on_reset(&mut self) -> Result<()> {
         self.events.say("reset", json!({}), "the guest was reset; waiting until it has booted")?;
-        self.disarm()?;
+        // The machine stands, its hooks are off: the firmware may go on.
+        Control::resume(&mut self.machine)?;
         self.watch.wait_for_boot();
         Ok(())
     }
@@ -184,8 +181,11 @@ impl<'a> Guard<'a> {
         if !self.watch.is_time_to_look() {
             return Ok(());
         }
-        let Ok(session) = self.session.begin_again(&self.machine) else { return Ok(()) };
+        let mut vcpus = Vec::new();
+        self.standing(|machine| Ok(vcpus = crash::all_registers(machine)?))?;
+        let Ok(session) = self.session.begin_again(&self.machine, &vcpus) else { return Ok(()) };
         self.session = session;
+        self.strikes.clear();
         self.watch.booted();
         self.session.announce(&self.events)?;
         self.arm()

@@ -3,15 +3,18 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use diagnose::CodeCache;
-use guest::{Hook, HookKind, Machine, PhysMemory};
+use guest::{AddressSpace, Hook, HookKind, Machine, PhysMemory, Reg, Registers, VirtMemory};
 use repair_image::{DebugFiles, GuestLayer, RepairImage};
 use serde_json::{Value, json};
 
 use crate::cli::KnowledgeSources;
 use crate::events::Events;
 use crate::knowledge::{self, Kernel, Learned};
+
+/// CR0.PG: paging is on (Intel SDM 3A 2.5).
+const CR0_PAGING: u64 = 1 << 31;
 
 /// Knowledge of one boot of the guest.
 pub struct Session {
@@ -34,17 +37,42 @@ impl Session {
     /// # Errors
     /// When the kernel is not found, or is another than the files are for.
     pub fn begin(machine: &dyn Machine, sources: &KnowledgeSources) -> Result<Self> {
-        Self::with(knowledge::learn(machine.phys(), sources)?, sources.clone())
+        Self::with(knowledge::learn(machine.phys(), sources, &[])?, sources.clone())
     }
 
     /// The same after a reset of the guest: its kernel may lie elsewhere, or be another.
     ///
     /// # Errors
     /// As [`Session::begin`]; also while the guest has not booted yet.
-    pub fn begin_again(&self, machine: &dyn Machine) -> Result<Self> {
-        let learned = knowledge::take(machine.phys(), self.kernel.clone())
-            .or_else(|_| knowledge::learn(machine.phys(), &self.sources))?;
-        Self::with(learned, self.sources.clone())
+    pub fn begin_again(&self, machine: &dyn Machine, vcpus: &[Registers]) -> Result<Self> {
+        let phys = machine.phys();
+        let learned = knowledge::take(phys, self.kernel.clone(), vcpus)
+            .or_else(|_| knowledge::learn(phys, &self.sources, vcpus))?;
+        let session = Self::with(learned, self.sources.clone())?;
+        ensure!(session.runs_on(phys, vcpus), "no vCPU runs this kernel");
+        ensure!(session.has_booted(phys), "the kernel is still booting");
+        Ok(session)
+    }
+
+    /// Whether a vCPU's own page tables map this kernel. After a reset, memory still holds the kernel of the
+    /// boot before while the firmware runs.
+    fn runs_on(&self, phys: &dyn PhysMemory, vcpus: &[Registers]) -> bool {
+        let text = self.image.placement.text.start;
+        let expected = self.layer.space(phys).translate(text);
+        vcpus.iter().any(|registers| {
+            let paging = registers.get(Reg::Cr0).is_some_and(|cr0| cr0 & CR0_PAGING != 0);
+            let space = AddressSpace::of_vcpu(phys, registers).filter(|_| paging);
+            let found = space.map(|space| space.translate(text));
+            expected.is_ok() && found == Some(expected)
+        })
+    }
+
+    /// Whether `system_state` is `SYSTEM_RUNNING`: text is patched and user space has started.
+    fn has_booted(&self, phys: &dyn PhysMemory) -> bool {
+        let running = self.image.types.enumerator("SYSTEM_RUNNING");
+        let state = self.image.address_of("system_state");
+        let state = state.and_then(|at| self.layer.space(phys).read_u32(at).ok());
+        running.is_some() && state.map(i64::from) == running
     }
 
     fn with(learned: Learned, sources: KnowledgeSources) -> Result<Self> {

@@ -8,7 +8,7 @@ use guest::{CodeAddress, GuestVirt, Reg, VirtMemory};
 use repair_image::RepairImage;
 
 use super::execute::{Executor, MAX_ITEMS};
-use super::function::{Edge, Function, parts};
+use super::function::{Edge, Function, Text, parts};
 use super::locks::{Class, Does, LockTable};
 use super::op::Action;
 use super::state::State;
@@ -244,13 +244,26 @@ pub(crate) fn saved_place(state: &State, reg: Reg) -> Option<SavedPlace> {
     outermost.or_else(|| (state.reg(reg) == wanted).then_some(SavedPlace::Same))
 }
 
-/// Analyses of one guest's functions, kept for as long as its code stays the same. Belongs to one
-/// repair image; to be cleared when text was patched (module loaded or removed, static key switched).
+/// A function that was asked for.
+#[derive(Debug)]
+struct Kept {
+    /// `None` when it can't be read.
+    analysis: Option<Analysis>,
+    /// Of its bytes when it was analysed.
+    digest: u64,
+    /// In which of the cache's rounds its bytes were last seen to be those.
+    seen: u64,
+}
+
+/// Analyses of one guest's functions. Belongs to one repair image. Code that was patched meanwhile
+/// (static key switched, entry point replaced) is analysed anew, see [`CodeCache::look_again`].
 #[derive(Debug, Default)]
 pub struct CodeCache {
     table: Option<Arc<LockTable>>,
-    functions: HashMap<u64, Option<Analysis>>,
+    functions: HashMap<u64, Kept>,
     preemption_counted: Option<bool>,
+    round: u64,
+    wanted: Option<Vec<GuestVirt>>,
 }
 
 impl CodeCache {
@@ -263,6 +276,22 @@ impl CodeCache {
     /// Forgets everything.
     pub fn clear(&mut self) {
         *self = Self::default();
+    }
+
+    /// From now on a function's bytes are compared with what was analysed before the analysis is used
+    /// again: to be called when the guest has run since.
+    pub fn look_again(&mut self) {
+        self.round = self.round.wrapping_add(1);
+    }
+
+    /// What is still to be analysed ahead, `None` when that has not been listed.
+    pub(crate) fn take_wanted(&mut self) -> Option<Vec<GuestVirt>> {
+        self.wanted.take()
+    }
+
+    /// The counterpart of [`Self::take_wanted`].
+    pub(crate) fn put_wanted(&mut self, wanted: Vec<GuestVirt>) {
+        self.wanted = Some(wanted);
     }
 
     /// Number of functions kept.
@@ -296,11 +325,20 @@ impl CodeCache {
     ) -> Option<&mut Analysis> {
         let table = self.table(image);
         let (start, ranges) = parts(image, at)?;
-        let made = self.functions.entry(start.0).or_insert_with(|| {
-            let function = Function::read(image, memory, &table, &ranges)?;
-            Some(Analysis::new(function, &table))
-        });
-        made.as_mut()
+        let round = self.round;
+        if self.functions.get(&start.0).is_none_or(|kept| kept.seen != round) {
+            let text = Text::read(memory, &ranges);
+            let digest = text.digest();
+            match self.functions.get_mut(&start.0).filter(|kept| kept.digest == digest) {
+                Some(kept) => kept.seen = round,
+                None => {
+                    let function = Function::decode(image, &table, text);
+                    let analysis = function.map(|function| Analysis::new(function, &table));
+                    self.functions.insert(start.0, Kept { analysis, digest, seen: round });
+                }
+            }
+        }
+        self.functions.get_mut(&start.0)?.analysis.as_mut()
     }
 
     /// Whether taking a spinlock counts in the preempt count (`CONFIG_PREEMPT_COUNT`), from the code of
@@ -393,6 +431,26 @@ mod tests {
         assert_eq!(held_at(0xfb), (vec![held], true));
         // Restored or never enabled: nothing left on either way.
         assert_eq!(held_at(0x10b), (vec![vec![]], true));
+    }
+
+    #[test]
+    fn patched_code_is_analysed_anew() {
+        let (image, mut machine) = fixture::kernel();
+        let mut cache = CodeCache::new();
+        let at = GuestVirt(TEXT + 0x10b);
+        let held = |cache: &mut CodeCache, machine: &guest::fake::FakeMachine| {
+            let table = cache.table(&image);
+            let space = machine.space();
+            let answer = cache.analysis(&image, &space, at).unwrap();
+            let answer = answer.at(&table, CodeAddress::Exact(at));
+            answer.states.iter().map(|state| state.items.len()).sum::<usize>()
+        };
+        assert_eq!(held(&mut cache, &machine), 0);
+        // The decrement of the preempt count becomes a no-op.
+        machine.poke(GuestPhys(0x20_00fd), &[0x90; 8]);
+        assert_eq!(held(&mut cache, &machine), 0);
+        cache.look_again();
+        assert_eq!(held(&mut cache, &machine), 1);
     }
 
     proptest! {

@@ -2,6 +2,7 @@
 //! memory. What the blocks do is `analysis.rs`'s.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 
 use capstone::Capstone;
@@ -82,6 +83,26 @@ impl Part {
     }
 }
 
+/// A function's bytes: its own first, then those of its cold part.
+pub(crate) struct Text(Vec<Part>);
+
+impl Text {
+    /// Reads the parts, each up to the first page that is missing.
+    pub(crate) fn read(memory: &dyn VirtMemory, ranges: &[Range<u64>]) -> Self {
+        Self(ranges.iter().map(|range| Part::read(memory, range)).collect())
+    }
+
+    /// Differs, as good as certainly, when an address or a byte does.
+    pub(crate) fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for part in &self.0 {
+            part.start.hash(&mut hasher);
+            part.bytes.hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+}
+
 /// The parts of the function at a code address: itself first, then its cold part. For an address in a
 /// cold part that is the function it was cut off from.
 pub(crate) fn parts(image: &RepairImage, at: GuestVirt) -> Option<(GuestVirt, Vec<Range<u64>>)> {
@@ -100,16 +121,32 @@ pub(crate) fn parts(image: &RepairImage, at: GuestVirt) -> Option<(GuestVirt, Ve
     Some((main.0, ranges))
 }
 
+/// The instructions that have run before the one at `at` whenever control gets there: those of its block. None when
+/// the function has indirect jumps, as these may lead into the middle of it.
+pub(crate) fn block_before(
+    image: &RepairImage,
+    memory: &dyn VirtMemory,
+    at: GuestVirt,
+) -> Vec<(u64, Op)> {
+    let read = || {
+        let (_, ranges) = parts(image, at)?;
+        let text = Text::read(memory, &ranges);
+        let function = Function::decode(image, &LockTable::new(image), text)?;
+        let mut ops = function.blocks.iter().flat_map(|block| &block.ops);
+        if ops.any(|(_, op)| op.action == Action::Jump(None)) {
+            return None;
+        }
+        let mut places = function.find(at.0);
+        let (Some((block, index)), None) = (places.next(), places.next()) else { return None };
+        Some(function.blocks.get(block)?.ops.get(..index)?.to_vec())
+    };
+    read().unwrap_or_default()
+}
+
 impl Function {
-    /// Reads and decodes what can be reached from the entry, and what can be reached from `wanted`
-    /// should it not be among it.
-    pub(crate) fn read(
-        image: &RepairImage,
-        memory: &dyn VirtMemory,
-        table: &LockTable,
-        ranges: &[Range<u64>],
-    ) -> Option<Self> {
-        let parts: Vec<Part> = ranges.iter().map(|range| Part::read(memory, range)).collect();
+    /// Decodes what can be reached from the entry.
+    pub(crate) fn decode(image: &RepairImage, table: &LockTable, text: Text) -> Option<Self> {
+        let Text(parts) = text;
         let entry = parts.first()?.start;
         let mut decoder = Decoder {
             disassembler: disassembler()?,

@@ -6,7 +6,7 @@ mod execute;
 mod function;
 mod instruction;
 mod locks;
-mod op;
+pub(crate) mod op;
 mod resolve;
 mod state;
 mod value;
@@ -18,6 +18,7 @@ pub use instruction::{
 };
 
 pub(crate) use analysis::{SavedPlace, saved_place};
+pub(crate) use function::block_before;
 pub(crate) use locks::{Also, Class, Lock, Outcome, SOFTIRQ_DISABLE};
 pub(crate) use resolve::Place;
 pub(crate) use state::{Fact, Item, Standing, State};

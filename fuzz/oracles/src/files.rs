@@ -1,7 +1,7 @@
 //! What must hold of ELF files: a module's object, a vmcore.
 
 use diagnose::vmcore::Vmcore;
-use guest::{GuestPhys, GuestVirt, LinkAddr, Machine, MemoryError, PhysMemory, Vcpu};
+use guest::{GuestPhys, GuestVirt, LinkAddr, Machine, MemoryError, Vcpu};
 use repair_image::{OrcLayout, Vmcoreinfo, compile};
 
 /// Where sections of a module are placed, guest-virtual, 64 KiB apart.
@@ -16,16 +16,15 @@ const SECTIONS: [&str; 6] =
 /// When that does not hold.
 pub fn module_object(data: &[u8]) {
     let places = (0u64..).zip(SECTIONS);
-    let places: Vec<_> = places
-        .map(|(index, name)| (name.to_owned(), GuestVirt(MODULE + (index << 16))))
-        .collect();
+    let places: Vec<_> =
+        places.map(|(index, name)| (name.to_owned(), GuestVirt(MODULE + (index << 16)))).collect();
     let Ok(knowledge) = compile::module(data, &places, Some(OrcLayout::V6_4)) else { return };
     assert!(knowledge.symbols().is_sorted_by_key(|symbol| symbol.at));
     for symbol in knowledge.functions().take(64) {
         for at in [symbol.at, LinkAddr(symbol.at.0.wrapping_add(symbol.size / 2))] {
             let chain = knowledge.source(at);
             assert!(chain.len() <= 64);
-            knowledge.unwind_row(at);
+            let _ = knowledge.unwind_row(at);
         }
         assert!(knowledge.symbols_named(symbol.name).any(|other| other.at == symbol.at));
         if let Some(prototype) = knowledge.prototype(symbol.name) {
@@ -51,7 +50,10 @@ pub fn vmcore(data: &[u8]) {
         let mut byte = [0];
         for at in [range.start, GuestPhys(range.end.0 - 1)] {
             let read = phys.read(at, &mut byte);
-            assert!(matches!(read, Ok(()) | Err(MemoryError::NotCaptured { .. } | MemoryError::NotRam { .. })));
+            assert!(matches!(
+                read,
+                Ok(()) | Err(MemoryError::NotCaptured { .. } | MemoryError::NotRam { .. })
+            ));
             if let Some(slice) = phys.slice(at..at + 1) {
                 assert_eq!((slice, read), (&byte[..], Ok(())));
             }

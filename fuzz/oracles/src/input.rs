@@ -36,8 +36,4 @@ impl<'d> Input<'d> {
     pub(crate) fn rest(self) -> &'d [u8] {
         self.0
     }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
 }

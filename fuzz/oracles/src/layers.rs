@@ -53,12 +53,12 @@ fn lookups(layer: &KernelLayer) {
     let knowledge = layer.knowledge();
     for symbol in knowledge.functions().take(MAX_FUNCTIONS) {
         for at in [symbol.at, LinkAddr(symbol.at.0.wrapping_add(symbol.size / 2))] {
-            knowledge.function_at(at);
-            knowledge.unwind_row(at);
+            let _ = knowledge.function_at(at);
+            let _ = knowledge.unwind_row(at);
             assert!(knowledge.source(at).len() <= 64);
         }
         knowledge.symbols_named(symbol.name).count();
-        knowledge.prototype(symbol.name);
+        let _ = knowledge.prototype(symbol.name);
     }
     if let Ok(types) = layer.types() {
         types.member("module", "list");

@@ -66,8 +66,8 @@ pub fn vmcoreinfo(data: &[u8]) {
         if let Some(value) = info.get(key) {
             assert!(text.contains(&format!("{key}={value}")));
         }
-        info.symbol(key);
-        info.number(key);
+        let _ = info.symbol(key);
+        let _ = info.number(key);
     }
     for value in [info.release(), info.build_id()].into_iter().flatten() {
         assert!(text.contains(value));
@@ -122,10 +122,42 @@ fn layer(phys: &dyn PhysMemory, facts: &KernelFacts, located: Located) {
     for module in &layer.modules {
         assert!(module.ranges.iter().all(|range| range.start < range.end));
         assert!(!module.text.is_empty() && module.name.len() <= 3 * 256);
-        knowledge_from_memory(&space, &*facts.types, module, facts.btf.as_deref());
+        let _ = knowledge_from_memory(&space, &*facts.types, module, facts.btf.as_deref());
     }
     assert_eq!(layer.placed_modules().len(), layer.modules.len());
     let bytes = layer.to_bytes().expect("a layer has a stored form");
     let again = GuestLayer::from_bytes(&bytes).expect("what was stored is read");
     assert_eq!(again.to_bytes().expect("stored again"), bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::seed;
+
+    #[test]
+    fn the_seed_is_a_kernel_with_a_module() {
+        let machine = machine(&seed("kernel_memory", "kernel"));
+        let phys = machine.memory();
+        let (located, facts) = without_files(phys, &[]).expect("a kernel");
+        assert_eq!(located.banner, "Linux version 9.9.9 (seed)");
+        let layer = GuestLayer::take_located(phys, &facts, located).expect("a guest layer");
+        let modules = layer.placed_modules();
+        let names: Vec<_> = modules.iter().map(|module| module.name.as_str()).collect();
+        assert_eq!(names, ["m"]);
+        assert!(modules.iter().all(|module| module.knowledge.symbol("bw").is_some()));
+    }
+
+    #[test]
+    fn the_seeds_are_page_tables() {
+        for (name, five_level) in [("four_levels", false), ("five_levels", true)] {
+            let data = seed("page_tables", name);
+            let mut input = Input::new(&data);
+            let (_, root, at) = (input.u8(), input.u64(), GuestVirt(input.u64()));
+            let mut machine = FakeMachine::new(TABLES_RAM, five_level);
+            machine.poke(GuestPhys(0), input.rest());
+            let space = AddressSpace::new(machine.memory(), GuestPhys(root), five_level);
+            assert_eq!(space.translate(at), Ok(GuestPhys(0x1123)), "{name}");
+        }
+    }
 }

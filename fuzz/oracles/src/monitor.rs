@@ -19,7 +19,6 @@ pub fn qmp_line(data: &[u8]) {
         Message::Event(event) => assert_eq!(value["event"], event.name),
         Message::Error { .. } => assert!(value.get("error").is_some()),
         Message::Greeting(_) => assert!(value.pointer("/QMP/version/qemu").is_some()),
-        _ => {}
     }
     let again = match &found {
         Message::Return(result) => json!({ "return": result }),

@@ -29,7 +29,7 @@ pub fn payload_results(data: &[u8]) {
     for (to, from) in mailbox.iter_mut().zip(data) {
         *to = *from;
     }
-    results(data);
+    let _ = results(data);
     let Some(found) = results(&region) else { return };
     let stage = |result: &CallResult| match result {
         CallResult::Returned(_) => 0,

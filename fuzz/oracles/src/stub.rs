@@ -59,7 +59,9 @@ pub fn target_xml(data: &[u8]) {
     let mut input = Input::new(data);
     let answer = input.part();
     let xml = String::from_utf8_lossy(input.rest()).into_owned();
-    assert!(parse_includes(&xml).iter().all(|name| xml.contains(name.as_str()) || xml.contains("<!--")));
+    assert!(
+        parse_includes(&xml).iter().all(|name| xml.contains(name.as_str()) || xml.contains("<!--"))
+    );
     let Ok(file) = RegisterFile::parse(&[xml]) else { return };
     let Ok(registers) = file.decode(answer) else { return };
     for packet in file.writes(&registers, &Registers::unknown()) {

@@ -10,7 +10,7 @@ use repair_image::{
 use crate::input::Input;
 
 /// Names looked up at most in one table.
-const MAX_NAMES: usize = 48;
+const MAX_NAMES: usize = 24;
 
 /// BTF, alone and on top of itself: bit-fields fit, members of a plain structure lie inside it, and what
 /// lies at a member's offset is found.
@@ -64,7 +64,9 @@ fn prototype(found: &Prototype) {
 
 fn member(found: &Member) {
     if let Some((first, bits)) = found.bits {
-        assert!(first < 8 && bits > 0 && found.size == (u64::from(first) + u64::from(bits)).div_ceil(8));
+        assert!(
+            first < 8 && bits > 0 && found.size == (u64::from(first) + u64::from(bits)).div_ceil(8)
+        );
     }
 }
 
@@ -112,9 +114,7 @@ pub fn unwind_tables(data: &[u8]) {
         let counted =
             agreement.same + agreement.different + agreement.orc_only + agreement.cfi_only;
         assert!(counted <= joined.len());
-        let addresses = |at: &LinkAddr| {
-            orc.iter().chain(&cfi).any(|row| row.0 == *at)
-        };
+        let addresses = |at: &LinkAddr| orc.iter().chain(&cfi).any(|row| row.0 == *at);
         assert!(joined.iter().take(64).all(|row| addresses(&row.0)), "an invented address");
     }
 }
