@@ -63,10 +63,17 @@ pub struct KnowledgeSources {
     pub cache: Option<PathBuf>,
 }
 
+/// What stands under `defib guard --help`.
+fn guard_help() -> String {
+    format!(
+        "A policy file holds any of these keys; shown are the defaults:\n\n{}\n{EXIT_CODES}",
+        quarantine::Policy::defaults_text()
+    )
+}
+
 /// Arguments of `defib guard`.
 #[derive(Debug, Args)]
-#[command(after_help = concat!("Policy defaults: see --print-policy.\n\n",
-    "Exit codes:\n  0  detached\n  1  the guest could not be saved\n  2  usage or set-up error"))]
+#[command(after_long_help = guard_help())]
 pub struct GuardArguments {
     /// Which VM.
     #[command(flatten)]

@@ -56,7 +56,8 @@ fn status(vm: &mut Vm) -> String {
 
 fn stub(vm: &mut Vm) -> bool {
     let answer = vm.control().command("query-chardev", json!({})).unwrap();
-    answer.to_string().contains("\"gdb\"")
+    let chardevs = answer.as_array().cloned().unwrap_or_default();
+    chardevs.iter().any(|chardev| chardev.get("label").and_then(Value::as_str) == Some("gdb"))
 }
 
 fn crash_is_repaired(vm: &mut Vm, guard: &mut Guard) {

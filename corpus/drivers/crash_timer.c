@@ -67,7 +67,7 @@ static void sample_in_tasklet(struct tasklet_struct *tasklet)
 {
 	struct sampler *s = &sampler;
 
-	WRITE_ONCE(s->buffer->filled, jiffies); /* CRASH: tasklet */
+	WRITE_ONCE(s->buffer->filled, jiffies + 1); /* CRASH: tasklet */
 }
 
 static void start_timer(struct timer_list *timer)

@@ -148,8 +148,11 @@ fn aftermath(case: &Case, agent: &mut crate::lab::Agent) -> Vec<String> {
     });
     // report_bug() prints its line before the kernel knows whether it is going to oops.
     let announced = matches!(case.class, Class::Bug | Class::ListCorruption | Class::Usercopy);
+    // Since v6.5 do_user_addr_fault() warns of a fault with interrupts off before it oopses.
+    let warned = case.held.contains(&Resource::IrqsOff);
     must("splats", &|answer| match answer.number("splats") {
         Ok(0) => true,
+        Ok(1) if warned => answer.text().contains("fault.c"),
         // A list check prints a line of its own besides.
         Ok(1 | 2) => {
             announced

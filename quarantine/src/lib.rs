@@ -30,7 +30,7 @@ pub use apply::{Applied, apply};
 pub use error::Error;
 pub use journal::{Deed, Entry, Journal};
 pub use plan::{Plan, Rung, Situation, plan};
-pub use policy::{FreshWay, Policy, WhenRefused};
+pub use policy::{FreshWay, Policy};
 pub use probation::{Probation, Vital};
 pub use refusal::{Reason, Refusal};
 pub use strikes::Strikes;

@@ -27,8 +27,6 @@ pub struct Policy {
     pub max_downtime_ms: u64,
     /// Ways to get fresh memory, best first.
     pub fresh_memory: Vec<FreshWay>,
-    /// What happens when no rung can be taken.
-    pub when_refused: WhenRefused,
     /// When a driver's strikes are used up but it can't be quarantined: go on returning errors.
     pub return_error_when_quarantine_fails: bool,
     /// Drop a surplus of the preempt count that no lock found explains. A lock that was overlooked
@@ -45,17 +43,6 @@ pub enum FreshWay {
     HotAdd,
     /// Use the tail of RAM that the firmware reserved.
     FirmwareTail,
-}
-
-/// What happens to a crash that is not repaired.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum WhenRefused {
-    /// The guest runs on into its own crash handling: oops, panic, kdump, as it is set up.
-    Stock,
-    /// The guest stays stopped for an operator to look at.
-    Stop,
 }
 
 /// The defaults, as shown in help and tested to be the defaults.
@@ -76,8 +63,6 @@ never_kill = [\"systemd\", \"init\", \"dbus-daemon\", \"systemd-journal\", \"sys
 max_downtime_ms = 1000
 # Ways to get memory that the guest does not know, best first: hot_add, firmware_tail.
 fresh_memory = [\"hot_add\", \"firmware_tail\"]
-# When no rung can be taken: stock (the guest's own crash handling) or stop.
-when_refused = \"stock\"
 # A driver without strikes left that can't be quarantined: go on returning errors.
 return_error_when_quarantine_fails = true
 # Drop a surplus of the preempt count that no lock explains (an overlooked lock would stay locked).
@@ -118,7 +103,6 @@ impl Default for Policy {
             ]),
             max_downtime_ms: 1000,
             fresh_memory: vec![FreshWay::HotAdd, FreshWay::FirmwareTail],
-            when_refused: WhenRefused::Stock,
             return_error_when_quarantine_fails: true,
             correct_preempt_count: false,
         }

@@ -11,9 +11,9 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use guest::{Control, Machine, Stop, StopReason};
+use guest::{Control, FreshKind, Machine, Stop, StopReason};
 use hv_hooks::qemu::{AttachOptions, Qemu};
-use quarantine::{Policy, Strikes};
+use quarantine::{FreshWay, Policy, Strikes};
 use serde_json::json;
 
 pub use session::Session;
@@ -27,6 +27,12 @@ use watch::Watch;
 
 /// How long the guard sleeps between two looks at a healthy guest. A crash wakes it at once.
 const POLL: Duration = Duration::from_millis(100);
+/// The same while code is still being decoded ahead of a crash, and how long one slice of that may take: a
+/// crash has to wait for its end.
+const WARM_POLL: Duration = Duration::from_millis(1);
+const WARM_SLICE: Duration = Duration::from_millis(2);
+/// How long decoding may take before the hooks are armed for the first time.
+const WARM_FIRST: Duration = Duration::from_millis(400);
 
 /// A guard at work.
 struct Guard<'a> {
@@ -71,6 +77,7 @@ impl<'a> Guard<'a> {
         let socket = target::qmp_socket(&arguments.target)?;
         let mut options = AttachOptions::new(&socket);
         options.gdb.clone_from(&arguments.gdb);
+        options.fresh_order = fresh_order(&policy);
         let machine = Qemu::attach(options)
             .with_context(|| format!("cannot guard the VM behind {}", socket.display()))?;
         let attached = json!({
@@ -86,8 +93,9 @@ impl<'a> Guard<'a> {
             if machine.recovered() { "; cleaned up after a guard that was killed" } else { "" },
         );
         events.say("attached", attached, &text)?;
-        let session = Session::begin(&machine, &arguments.knowledge)?;
+        let mut session = Session::begin(&machine, &arguments.knowledge)?;
         session.announce(&events)?;
+        session.warm(machine.phys(), WARM_FIRST);
         let mut guard = Self {
             arguments,
             policy,
@@ -128,7 +136,8 @@ impl<'a> Guard<'a> {
     /// The loop: until somebody asks for the end or the VM is gone.
     fn stand(&mut self, ending: &Ending) -> Result<()> {
         while !ending.asked() {
-            match Control::wait(&mut self.machine, POLL)? {
+            let warm = self.session.warm(self.machine.phys(), WARM_SLICE);
+            match Control::wait(&mut self.machine, if warm { POLL } else { WARM_POLL })? {
                 Some(stop) => {
                     if !self.on_stop(stop)? {
                         return Ok(());
@@ -204,6 +213,16 @@ impl<'a> Guard<'a> {
         events.say("detached", json!({ "incidents": incidents, "lost": lost }), &text)?;
         Ok(if lost == 0 { Outcome::Done } else { Outcome::NotSaved })
     }
+}
+
+/// The policy's ways to fresh memory, as machines name them.
+fn fresh_order(policy: &Policy) -> Vec<FreshKind> {
+    let kind = |way: &FreshWay| match way {
+        FreshWay::HotAdd => Some(FreshKind::HotAdded),
+        FreshWay::FirmwareTail => Some(FreshKind::FirmwareTail),
+        _ => None,
+    };
+    policy.fresh_memory.iter().filter_map(kind).collect()
 }
 
 fn version(machine: &Qemu) -> String {

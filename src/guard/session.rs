@@ -28,6 +28,8 @@ pub struct Session {
     debug_files: DebugFiles,
     /// Modules whose debug files were not taken, and why.
     refused_files: Vec<(String, String)>,
+    /// Whether everything that a crash is likely to need is decoded.
+    warm: bool,
     taken: Duration,
 }
 
@@ -85,6 +87,7 @@ impl Session {
             debug_files: DebugFiles::new(&sources.debug_dirs),
             sources,
             refused_files: Vec::new(),
+            warm: false,
             taken,
         };
         session.hooks_or_error()?;
@@ -131,9 +134,18 @@ impl Session {
             self.layer.refresh_modules(phys, &self.kernel.facts).context("module list")?;
         if changed {
             self.image = RepairImage::assemble(&self.kernel.facts, &self.layer);
-            self.cache = CodeCache::default();
+            self.warm = false;
         }
         Ok(changed)
+    }
+
+    /// Decodes code that a crash is likely to need, for at most `budget`; `true` when nothing is left to do.
+    pub fn warm(&mut self, phys: &dyn PhysMemory, budget: Duration) -> bool {
+        if !self.warm {
+            let space = self.layer.space(phys);
+            self.warm = diagnose::warm(&self.image, &space, &mut self.cache, budget);
+        }
+        self.warm
     }
 
     /// Compiles knowledge of modules whose files are found.

@@ -187,3 +187,27 @@ fn saved_registers_agree_with_call_frame_information() {
     assert_eq!(tally.wrong, 0);
     assert!(tally.right * 100 > tally.sites * 90, "{tally:?}");
 }
+
+#[test]
+#[ignore = "needs a vmlinux with debug information: DEFIB_VMLINUX"]
+fn warming_takes_its_time_in_pieces() {
+    let vmlinux = env::var("DEFIB_VMLINUX").expect("DEFIB_VMLINUX");
+    let image = image_of(Path::new(&vmlinux));
+    let memory = FileMemory::read_file(Path::new(&vmlinux));
+    let mut cache = CodeCache::new();
+    let mut calls = Vec::new();
+    loop {
+        let started = Instant::now();
+        let done = crate::warm(&image, &memory, &mut cache, Duration::from_millis(20));
+        calls.push(started.elapsed());
+        if done {
+            break;
+        }
+        assert!(calls.len() < 10_000);
+    }
+    let total: Duration = calls.iter().sum();
+    let worst = calls.iter().max().unwrap();
+    println!("{} functions in {} calls: {total:?}, longest {worst:?}", cache.len(), calls.len());
+    println!("first call {:?}", calls[0]);
+    assert!(cache.len() > 500);
+}

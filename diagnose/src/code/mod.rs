@@ -19,6 +19,8 @@ pub use instruction::{
 
 pub(crate) use analysis::{SavedPlace, saved_place};
 pub(crate) use function::block_before;
+#[cfg(test)]
+pub(crate) use locks::Effect;
 pub(crate) use locks::{Also, Class, Lock, Outcome, SOFTIRQ_DISABLE};
 pub(crate) use resolve::Place;
 pub(crate) use state::{Fact, Item, Standing, State};

@@ -72,7 +72,7 @@ pub fn vmcoreinfo(data: &[u8]) {
     for value in [info.release(), info.build_id()].into_iter().flatten() {
         assert!(text.contains(value));
     }
-    (info.slide(), info.top_page_table(), info.five_level());
+    let _ = (info.slide(), info.top_page_table(), info.five_level());
     // Its tables lie nowhere: that is an error.
     let machine = FakeMachine::new(16 << 10, false);
     if let Ok(tables) = KallsymsTables::from_vmcoreinfo(&info) {
@@ -99,7 +99,7 @@ pub fn kernel_memory(data: &[u8]) {
     let machine = machine(data);
     let phys = machine.memory();
     for info in Vmcoreinfo::find_all(phys) {
-        assert!(info.at.0 < KERNEL_RAM && info.at.0 % 4096 == 0);
+        assert!(info.at.0 < KERNEL_RAM && info.at.0.is_multiple_of(4096));
         let tables = KallsymsTables::from_vmcoreinfo(&info);
         if let Ok(Ok(symbols)) = tables.map(|tables| tables.read(&machine.space())) {
             assert!(symbols.len() as u64 <= KERNEL_RAM, "a symbol takes a byte at least");

@@ -222,7 +222,7 @@ fn row(index: u64) -> UnwindRow {
         kind,
         cfa,
         saved,
-        source: if index % 2 == 0 { RowSource::Cfi } else { RowSource::Orc },
+        source: if index.is_multiple_of(2) { RowSource::Cfi } else { RowSource::Orc },
     }
 }
 
@@ -282,7 +282,7 @@ impl MadeUp {
     /// A number that follows from the names; `None` for what this variant lacks.
     fn number(&self, structure: &str, path: &str) -> Option<u64> {
         let hash = xxh3_64(format!("{structure}.{path}").as_bytes());
-        let lacking = self.variant != 0 && (hash >> 40 ^ u64::from(self.variant)) % 8 == 0;
+        let lacking = self.variant != 0 && (hash >> 40 ^ u64::from(self.variant)).is_multiple_of(8);
         (!lacking).then_some(hash)
     }
 }
@@ -312,10 +312,10 @@ impl Types for MadeUp {
             ("pcpu_hot", "current_task") => place(0, 8),
             ("pcpu_hot", "preempt_count") => place(8, 4),
             ("task_struct", "rcu_read_lock_nesting") => place(0x180, 4),
-            (_, "comm") => place(self.number(structure, path)? % 0x100 & !7, 16),
+            (_, "comm") => place((self.number(structure, path)? % 0x100) & !7, 16),
             _ => {
                 let size = if INTS.contains(&path) { 4 } else { 8 };
-                place(self.number(structure, path)? % 0x100 & !7, size)
+                place((self.number(structure, path)? % 0x100) & !7, size)
             }
         }
     }
@@ -325,7 +325,7 @@ impl Types for MadeUp {
             "pt_regs" => Some(168),
             "thread_union" => Some(0x4000),
             "bug_entry" => Some(12),
-            _ => Some(8 + (self.number(name, "")? % 0x100 & !7)),
+            _ => Some(8 + ((self.number(name, "")? % 0x100) & !7)),
         }
     }
 

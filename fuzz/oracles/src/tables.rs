@@ -47,7 +47,7 @@ fn lookups(btf: &Btf) {
         btf.prototype(name).inspect(prototype);
         for path in &names {
             btf.member_prototype(name, path).inspect(prototype);
-            btf.member(name, path).inspect(|found| member(found));
+            btf.member(name, path).inspect(member);
             btf.member(name, &format!("{path}[1].{name}"));
         }
         for offset in [0, 4, 8, 64, size.unwrap_or(u64::MAX).wrapping_sub(1)] {
