@@ -70,7 +70,7 @@ targets! {
 
 #[test]
 fn seeds_stay_small() {
-    let sizes = ORACLES.iter().flat_map(|(name, _)| seeds(name)).map(|path| fs::metadata(path));
+    let sizes = ORACLES.iter().flat_map(|(name, _)| seeds(name)).map(fs::metadata);
     let total: u64 = sizes.map(|metadata| metadata.expect("a seed").len()).sum();
     assert!(total < 300 << 10, "{total} bytes");
 }

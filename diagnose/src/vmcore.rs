@@ -116,7 +116,11 @@ impl<B: AsRef<[u8]>> Vmcore<B> {
             .iter()
             .filter(|header| header.p_type == PT_LOAD && header.p_filesz > 0)
             .filter(|header| header.p_paddr.checked_add(header.p_filesz).is_some())
-            .map(|header| (GuestPhys(header.p_paddr), header.p_filesz, header.p_offset))
+            .filter_map(|header| {
+                // A truncated file holds less than its headers say; a lying one may say 2^60 bytes.
+                let size = header.p_filesz.min((file.len() as u64).checked_sub(header.p_offset)?);
+                (size > 0).then_some((GuestPhys(header.p_paddr), size, header.p_offset))
+            })
             .collect();
         segments.sort_unstable();
         if segments.is_empty() {

@@ -5,6 +5,8 @@ use guest::{GuestVirt, LinkAddr, VirtMemory};
 
 use crate::{Error, SymbolKind, Vmcoreinfo};
 
+/// More bytes than the names of any kernel have.
+const MAX_NAMES_BYTES: usize = 64 << 20;
 /// More symbols than any kernel has (6.12 with everything built in: some 500 000).
 const MAX_SYMBOLS: u32 = 2_000_000;
 /// More bytes than any compressed name table has.
@@ -105,8 +107,14 @@ impl KallsymsTables {
         let tokens = self.tokens(memory)?;
         let mut names = Names { memory, at: self.names, page: Vec::new(), next: 0, taken: 0 };
         let mut decoded = Vec::new();
+        let mut bytes = 0;
         for _ in 0..count {
-            decoded.push(names.next(&tokens)?);
+            let name = names.next(&tokens)?;
+            bytes += name.1.len();
+            if bytes > MAX_NAMES_BYTES {
+                return Err(self.implausible("length of all symbol names", bytes as u64));
+            }
+            decoded.push(name);
         }
         let offsets = self.offsets(memory, count)?;
         let base = memory.read_u64(self.relative_base).map_err(Error::guest(SYMBOLS))?;

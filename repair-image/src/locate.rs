@@ -188,8 +188,8 @@ fn by_banner(phys: &dyn PhysMemory, kernel: &Knowledge) -> Result<Vec<Candidate>
 /// Every 2 MiB boundary of RAM.
 fn aligned(phys: &dyn PhysMemory) -> impl Iterator<Item = GuestPhys> {
     phys.ranges().into_iter().flat_map(|range| {
-        let first = range.start.0.next_multiple_of(ALIGN);
-        (first..range.end.0).step_by(ALIGN as usize).map(GuestPhys)
+        let first = range.start.0.checked_next_multiple_of(ALIGN);
+        (first.unwrap_or(range.end.0)..range.end.0).step_by(ALIGN as usize).map(GuestPhys)
     })
 }
 

@@ -43,7 +43,8 @@ impl Vmcoreinfo {
     pub fn find_all(phys: &dyn PhysMemory) -> Vec<Self> {
         let mut found = Vec::new();
         for range in phys.ranges() {
-            let mut at = GuestPhys(range.start.0.next_multiple_of(PAGE as u64));
+            let Some(first) = range.start.0.checked_next_multiple_of(PAGE as u64) else { continue };
+            let mut at = GuestPhys(first);
             while at.0.checked_add(PAGE as u64).is_some_and(|end| end <= range.end.0) {
                 if found.len() >= MAX_CANDIDATES {
                     return found;

@@ -191,7 +191,10 @@ impl<'a> Guard<'a> {
             return Ok(());
         }
         let mut vcpus = Vec::new();
-        self.standing(|machine| Ok(vcpus = crash::all_registers(machine)?))?;
+        self.standing(|machine| {
+            vcpus = crash::all_registers(machine)?;
+            Ok(())
+        })?;
         let Ok(session) = self.session.begin_again(&self.machine, &vcpus) else { return Ok(()) };
         self.session = session;
         self.strikes.clear();

@@ -1,5 +1,6 @@
 //! What must hold of the way from a crash to a plan: decoding code, unwinding, diagnosing, planning.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use diagnose::unwind::{Limits, Start, walk};
@@ -7,7 +8,7 @@ use diagnose::{CodeCache, Diagnosis, Frame, FrameEffects, Trust, code, diagnose,
 use guest::fake::{FakeMachine, PageSize};
 use guest::{GuestPhys, GuestVirt, Hook, HookKind, Vcpu};
 use quarantine::{Plan, Policy, Situation, Strikes, plan};
-use repair_image::{CfaRule, RepairImage};
+use repair_image::{CfaRule, FrameKind, RepairImage};
 
 use crate::scene::{MODULE, Scene};
 
@@ -78,24 +79,19 @@ pub fn unwinding(data: &[u8]) {
 }
 
 fn outward(image: &RepairImage, frames: &[Frame]) {
-    let place = |frame: &Frame| (frame.registers.rsp(), frame.pc.ip());
-    for (index, frame) in frames.iter().enumerate() {
-        // The last one may be where the walk noticed that it was there before.
-        let again = frames.iter().skip(index + 1).any(|other| place(other) == place(frame));
-        assert!(
-            !again
-                || index + 1 == frames.len() - 1
-                || place(frame) == place(&frames[frames.len() - 1])
-        );
-    }
+    // The last one may be where the walk noticed that it had been there before.
+    let before = frames.split_last().map_or(frames, |(_, before)| before);
+    let mut seen = HashSet::new();
+    assert!(before.iter().all(|frame| seen.insert((frame.registers.rsp(), frame.pc.ip()))));
     for pair in frames.windows(2) {
         let [frame, caller] = pair else { continue };
+        let row = image.unwind_row(frame.pc.lookup());
         if caller.trust == Trust::SavedRegisters {
-            assert!(caller.saved_at.is_some());
+            let partial = row.is_some_and(|row| row.kind == FrameKind::PartialRegs);
+            assert_eq!(caller.saved_at.is_none(), partial, "{caller:?}");
             continue;
         }
         assert_eq!(frame.cfa, caller.registers.rsp(), "a caller's rsp is the CFA");
-        let row = image.unwind_row(frame.pc.lookup());
         let switches = row.is_some_and(|row| matches!(row.cfa, CfaRule::Deref { .. }));
         assert!(switches || frame.cfa > frame.registers.rsp(), "{frame:?}");
     }

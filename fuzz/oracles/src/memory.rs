@@ -114,7 +114,7 @@ fn layer(phys: &dyn PhysMemory, facts: &KernelFacts, located: Located) {
     let placement = located.placement.clone();
     assert!(placement.text.start < placement.text.end && placement.per_cpu.len() <= 8192);
     let space = AddressSpace::new(phys, placement.root, placement.five_level);
-    assert!(located.text_phys.0 < KERNEL_RAM && space.root() == placement.root);
+    assert!(space.translate(placement.text.start).is_ok(), "text that is not mapped");
     let Ok(layer) = GuestLayer::take_located(phys, facts, located) else { return };
     let found = verify(phys, facts, &layer);
     assert!(found.is_clean(), "memory has not changed: {found:?}");

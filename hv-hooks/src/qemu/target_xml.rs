@@ -84,8 +84,8 @@ impl RegisterFile {
     pub fn decode(&self, answer: &[u8]) -> Result<Registers, PacketError> {
         let mut regs = Registers::unknown();
         for slot in &self.slots {
-            let (start, end) =
-                (slot.offset.saturating_mul(2), (slot.offset + slot.size).saturating_mul(2));
+            let start = slot.offset.saturating_mul(2);
+            let end = slot.offset.saturating_add(slot.size).saturating_mul(2);
             let digits = answer.get(start..end).ok_or(PacketError::Hex)?;
             if digits.first() != Some(&b'x') {
                 let mut value = [0; 8];
