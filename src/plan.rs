@@ -1,8 +1,8 @@
 //! `defib plan`: what would be done about the crash in a dump, and why not more. Writes nothing.
 
 use anyhow::{Context, Result, bail};
-use diagnose::CodeCache;
 use diagnose::vmcore::Vmcore;
+use diagnose::{CodeCache, Diagnosis};
 use guest::{AddressSpace, Hook, HookKind, Machine, Registers, Vcpu};
 use quarantine::{Situation, Strikes};
 use repair_image::{MappedFile, RepairImage};
@@ -26,12 +26,9 @@ pub fn run(arguments: &PlanArguments) -> Result<Outcome> {
     let vcpus = (0..core.vcpu_count())
         .map(|vcpu| core.registers(Vcpu(vcpu)))
         .collect::<Result<Vec<_>, _>>()?;
-    let Some((vcpu, hook)) = crashed(&image, &vcpus) else {
-        bail!("no vCPU of this dump is crashing: none stands in the kernel's crash code")
+    let Some(diagnosis) = crashed(&image, &core, &vcpus) else {
+        bail!("no vCPU of this dump is crashing: none has the kernel's crash code on its stack")
     };
-    let mut cache = CodeCache::default();
-    let registers = vcpus[vcpu.0];
-    let diagnosis = diagnose::diagnose(&image, core.phys(), &registers, hook, vcpu, &mut cache)?;
     let placement = &image.placement;
     let memory = AddressSpace::new(core.phys(), placement.root, placement.five_level);
     let policy = guard::policy(arguments.policy.as_deref())?;
@@ -45,24 +42,22 @@ pub fn run(arguments: &PlanArguments) -> Result<Outcome> {
     Ok(if plan.rung.is_some() { Outcome::Done } else { Outcome::NotSaved })
 }
 
-/// The vCPU that stands at a hook, or else the first one in the kernel's crash code.
-fn crashed(image: &RepairImage, vcpus: &[Registers]) -> Option<(Vcpu, Option<Hook>)> {
+/// The diagnosis of the vCPU that stands at a hook, or else of the first one whose stack tells of a crash.
+fn crashed(image: &RepairImage, core: &impl Machine, vcpus: &[Registers]) -> Option<Diagnosis> {
+    let mut cache = CodeCache::default();
+    let mut of = |index: usize, hook| {
+        let registers = vcpus.get(index)?;
+        diagnose::diagnose(image, core.phys(), registers, hook, Vcpu(index), &mut cache).ok()
+    };
     for (index, registers) in vcpus.iter().enumerate() {
         let at_hook = HookKind::ALL.into_iter().find_map(|kind| {
             let at = image.address_of(kind.function())?;
             (registers.rip() == Some(at)).then_some(Hook { kind, at })
         });
         if at_hook.is_some() {
-            return Some((Vcpu(index), at_hook));
+            return of(index, at_hook);
         }
     }
-    let crash_code =
-        ["panic", "oops_begin", "die", "page_fault_oops", "native_machine_crash_shutdown"];
-    let inside = |registers: &Registers| {
-        let location = registers.rip().and_then(|rip| image.locate(rip));
-        location.is_some_and(|location| {
-            crash_code.contains(&repair_image::base_name(location.symbol.name))
-        })
-    };
-    vcpus.iter().position(inside).map(|index| (Vcpu(index), None))
+    let mut diagnoses = (0..vcpus.len()).filter_map(|index| of(index, None));
+    diagnoses.find(|diagnosis| diagnosis.class.is_some())
 }

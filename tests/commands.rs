@@ -1,0 +1,56 @@
+//! `defib image` and `defib plan` as a user types them, on a real guest and its real dump.
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use corpus::lab::{Kernel, Snapshot, VmConfig};
+use serde_json::{Value, json};
+
+fn defib(arguments: &[&str]) -> (i32, String, String) {
+    let Output { status, stdout, stderr } =
+        Command::new(env!("CARGO_BIN_EXE_defib")).args(arguments).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    (status.code().unwrap_or(-1), text(stdout), text(stderr))
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn image_and_plan() {
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = Kernel::find("6.1").unwrap();
+    let vmlinux = kernel.vmlinux().unwrap();
+    let mut vm = Snapshot::cached(&VmConfig::new(kernel)).unwrap().restore().unwrap();
+    let (qmp, image) = (vm.qmp(), folder.path().join("vm.defib"));
+    let vmlinux = ["--vmlinux", text(&vmlinux)];
+
+    let build =
+        [&["image", "build", "--qmp", text(&qmp), "-o", text(&image)][..], &vmlinux].concat();
+    let (code, _, stderr) = defib(&build);
+    assert_eq!(code, 0, "{stderr}");
+    let (code, stdout, stderr) = defib(&["image", "inspect", text(&image)]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("guest layer: slide 0x") && stdout.contains("virtio_blk"), "{stdout}");
+    let (code, stdout, stderr) = defib(&["image", "verify", text(&image), "--qmp", text(&qmp)]);
+    assert_eq!((code, stdout.lines().last()), (0, Some("clean")), "{stdout}{stderr}");
+    std::fs::write(&image, b"no image").unwrap();
+    assert_eq!(defib(&["image", "inspect", text(&image)]).0, 2);
+
+    let dump = folder.path().join("vmcore");
+    vm.agent().command("load crash_chardev").unwrap();
+    let crash = "crash crash_chardev write null-deref 1000";
+    assert!(vm.agent().command_within(crash, Duration::from_secs(3)).is_err(), "no crash");
+    let arguments = json!({ "paging": false, "protocol": format!("file:{}", dump.display()) });
+    vm.control().command("dump-guest-memory", arguments).unwrap();
+    let (code, stdout, stderr) =
+        defib(&[&["plan", text(&dump), "--format", "json"][..], &vmlinux].concat());
+    // The kernel is inside panic() by now: diagnosed, but too late for a repair.
+    assert_eq!(code, 1, "{stderr}");
+    let answer: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(answer.pointer("/diagnosis/class/kind"), Some(&json!("null_dereference")));
+    assert_eq!(answer.pointer("/diagnosis/offender/module"), Some(&json!("crash_chardev")));
+    assert_eq!(answer.pointer("/plan/refused").and_then(Value::as_array).map(Vec::len), Some(3));
+}
