@@ -178,7 +178,7 @@ mod tests {
                                       at: u64, root: u64, five: bool) {
             let mut machine = FakeMachine::new(1 << 20, five);
             for (index, word) in words.iter().enumerate() {
-                machine.poke(GuestPhys((*word ^ at) % (1 << 20) & !7), &words[index].to_le_bytes());
+                machine.poke(GuestPhys(((*word ^ at) % (1 << 20)) & !7), &words[index].to_le_bytes());
             }
             let space = AddressSpace::new(machine.memory(), GuestPhys(root % (2 << 20)), five);
             let _ = space.walk(GuestVirt(at));
