@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use corpus::guarded::{Guard, GuardConfig};
-use corpus::lab::{Kernel, Snapshot, Vm, VmConfig, drivers};
+use corpus::lab::{Kernel, Snapshot, Vm, VmConfig};
 use corpus::scenario::{Case, case};
 use serde_json::Value;
 
@@ -123,21 +123,8 @@ fn guard(vm: &Vm, root: &Path, policy: &str) -> Result<(Guard, Value)> {
     let kernel = &vm.config().kernel;
     let policy_file = root.join("policy.toml");
     std::fs::write(&policy_file, policy)?;
-    let files = drivers(kernel)?;
-    let folder = files.first().and_then(|driver| driver.with_debug.parent()).ok_or("no drivers")?;
-    let text = |path: &Path| path.display().to_string();
-    let config = GuardConfig {
-        program: DEFIB.into(),
-        incidents: root.join("incidents"),
-        arguments: vec![
-            "--vmlinux".into(),
-            text(&kernel.vmlinux().ok_or("no vmlinux")?),
-            "--debug-dir".into(),
-            text(folder),
-            "--policy".into(),
-            text(&policy_file),
-        ],
-    };
+    let mut config = GuardConfig::with_debug_files(DEFIB, kernel, root.join("incidents"))?;
+    config.arguments.extend(["--policy".into(), policy_file.display().to_string()]);
     let mut guard = Guard::start(&config, &vm.qmp())?;
     let image = guard.await_event("image", LIMIT)?;
     guard.await_event("armed", LIMIT)?;

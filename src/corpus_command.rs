@@ -4,10 +4,10 @@ use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use corpus::campaign::{self, Outcome as CaseOutcome, Verdict};
 use corpus::guarded::GuardConfig;
-use corpus::lab::{Kernel, Snapshot, VmConfig, drivers};
+use corpus::lab::{Kernel, Snapshot, VmConfig};
 use corpus::scenario::{CASES, Case, case};
 use serde_json::json;
 
@@ -75,17 +75,8 @@ fn campaign(names: &[String], kernel: &str, json: bool) -> Result<Outcome> {
 /// # Errors
 /// When the drivers can't be built.
 pub fn guard_config(kernel: &Kernel, incidents: &Path) -> Result<GuardConfig> {
-    let mut arguments = Vec::new();
-    if let Some(vmlinux) = kernel.vmlinux() {
-        arguments.extend(["--vmlinux".to_owned(), vmlinux.display().to_string()]);
-    }
-    let built = drivers(kernel)?;
-    let Some(folder) = built.first().and_then(|driver| driver.with_debug.parent()) else {
-        bail!("there are no drivers");
-    };
-    arguments.extend(["--debug-dir".to_owned(), folder.display().to_string()]);
     let program = std::env::current_exe().context("own program")?;
-    Ok(GuardConfig { program, incidents: incidents.to_owned(), arguments })
+    Ok(GuardConfig::with_debug_files(program, kernel, incidents)?)
 }
 
 fn print(verdict: &Verdict, json: bool) -> Result<()> {

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use guest::{PhysMemory, Registers};
 use repair_image::{
-    BuildId, GuestLayer, KernelFacts, KernelLayer, kernel_layer, locate_without_files,
-    without_files,
+    BuildId, GuestLayer, KernelFacts, KernelLayer, build_id_path, kernel_layer,
+    locate_without_files, without_files,
 };
 
 use crate::cli::KnowledgeSources;
@@ -102,9 +102,7 @@ fn of_layer(layer: KernelLayer, origin: String) -> Result<Kernel> {
 /// The vmlinux of a build id under the debug directories: `.build-id/xx/yyyy.debug`, or a file named
 /// `vmlinux*` there or in `boot/`.
 fn find_vmlinux(directories: &[PathBuf], build_id: BuildId) -> Option<PathBuf> {
-    let id = build_id.to_string();
-    let (first, rest) = id.split_at(2.min(id.len()));
-    let by_id = format!(".build-id/{first}/{rest}.debug");
+    let by_id = build_id_path(&build_id);
     let is_it =
         |path: &PathBuf| kernel_layer::build_id_of(path).is_ok_and(|found| found == build_id);
     directories.iter().find_map(|directory| {

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use diagnose::vmcore::Vmcore;
 use diagnose::{CodeCache, Diagnosis};
-use guest::{AddressSpace, Hook, HookKind, Machine, Registers, Vcpu};
+use guest::{Hook, HookKind, Machine, Registers, Vcpu};
 use quarantine::{Situation, Strikes};
 use repair_image::{MappedFile, RepairImage};
 use serde_json::json;
@@ -29,8 +29,7 @@ pub fn run(arguments: &PlanArguments) -> Result<Outcome> {
     let Some(diagnosis) = crashed(&image, &core, &vcpus) else {
         bail!("no vCPU of this dump is crashing: none has the kernel's crash code on its stack")
     };
-    let placement = &image.placement;
-    let memory = AddressSpace::new(core.phys(), placement.root, placement.five_level);
+    let memory = image.placement.space(core.phys());
     let policy = guard::policy(arguments.policy.as_deref())?;
     let situation =
         Situation { diagnosis: &diagnosis, image: &image, memory: &memory, vcpus: &vcpus };

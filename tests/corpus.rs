@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use corpus::campaign::{self, Outcome};
 use corpus::guarded::GuardConfig;
-use corpus::lab::{Kernel, Snapshot, VmConfig, drivers};
+use corpus::lab::{Kernel, Snapshot, VmConfig};
 use corpus::scenario::{CASES, Case};
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -36,21 +36,14 @@ struct Bench {
 impl Bench {
     fn run(&self, case: &'static Case) -> Result<(), Failed> {
         let kernel = Kernel::find(self.kernel)?;
-        let mut arguments = Vec::new();
-        if self.files {
-            let vmlinux = kernel.vmlinux().ok_or("no vmlinux; run scripts/setup")?;
-            let built = drivers(&kernel)?;
-            let folder =
-                built.first().and_then(|driver| driver.with_debug.parent()).ok_or("no drivers")?;
-            arguments.extend(["--vmlinux".into(), vmlinux.display().to_string()]);
-            arguments.extend(["--debug-dir".into(), folder.display().to_string()]);
+        let program = env!("CARGO_BIN_EXE_defib");
+        let incidents = self.incidents.join(case.name);
+        let guard = if self.files {
+            kernel.vmlinux().ok_or("no vmlinux; run scripts/setup")?;
+            GuardConfig::with_debug_files(program, &kernel, incidents)?
         } else {
-            arguments.extend(["--cache".into(), self.incidents.display().to_string()]);
-        }
-        let guard = GuardConfig {
-            program: env!("CARGO_BIN_EXE_defib").into(),
-            incidents: self.incidents.join(case.name),
-            arguments,
+            let arguments = vec!["--cache".into(), self.incidents.display().to_string()];
+            GuardConfig { program: program.into(), incidents, arguments }
         };
         let verdict = campaign::run(case, &Snapshot::cached(&VmConfig::new(kernel))?, &guard)?;
         match verdict.outcome {

@@ -26,18 +26,16 @@ fn vm(config: &VmConfig) -> Vm {
     Snapshot::cached(config).unwrap().restore().unwrap()
 }
 
-fn start(vm: &Vm, incidents: &Path) -> Guard {
+fn start(vm: &Vm, incidents: &Path, more: &[&str]) -> Guard {
     let vmlinux = vm.config().kernel.vmlinux().unwrap();
-    let guard = GuardConfig {
-        program: DEFIB.into(),
-        incidents: incidents.to_owned(),
-        arguments: vec!["--vmlinux".into(), vmlinux.display().to_string()],
-    };
+    let mut arguments = vec!["--vmlinux".into(), vmlinux.display().to_string()];
+    arguments.extend(more.iter().map(|&word| word.to_owned()));
+    let guard = GuardConfig { program: DEFIB.into(), incidents: incidents.to_owned(), arguments };
     Guard::start(&guard, &vm.qmp()).unwrap()
 }
 
 fn armed(vm: &Vm, incidents: &Path) -> Guard {
-    let mut guard = start(vm, incidents);
+    let mut guard = start(vm, incidents, &[]);
     guard.await_event("armed", LIMIT).unwrap();
     guard
 }
@@ -86,7 +84,7 @@ fn after_sigkill_the_next_guard_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let mut vm = vm(&config());
     for delay in [0, 20, 60, 150, 400] {
-        let mut guard = start(&vm, folder.path());
+        let mut guard = start(&vm, folder.path(), &[]);
         guard.await_event("attached", LIMIT).unwrap();
         std::thread::sleep(Duration::from_millis(delay));
         let pid = rustix::process::Pid::from_raw(guard.pid().cast_signed()).unwrap();
@@ -204,13 +202,7 @@ fn a_dry_run_writes_nothing_and_lets_the_guest_die_its_own_death() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let mut vm = vm(&config());
-    let vmlinux = vm.config().kernel.vmlinux().unwrap();
-    let guard = GuardConfig {
-        program: DEFIB.into(),
-        incidents: folder.path().to_owned(),
-        arguments: vec!["--vmlinux".into(), vmlinux.display().to_string(), "--dry-run".into()],
-    };
-    let mut guard = Guard::start(&guard, &vm.qmp()).unwrap();
+    let mut guard = start(&vm, folder.path(), &["--dry-run"]);
     guard.await_event("armed", LIMIT).unwrap();
     vm.agent().command("load crash_chardev").unwrap();
     let answer = vm

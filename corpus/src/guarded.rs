@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::lab::{Kernel, drivers};
 use crate::{Error, Result};
 
 /// How long a guard may take to detach after SIGTERM.
@@ -24,6 +25,31 @@ pub struct GuardConfig {
     pub incidents: PathBuf,
     /// More arguments of `defib guard`.
     pub arguments: Vec<String>,
+}
+
+impl GuardConfig {
+    /// A guard that knows a lab kernel and the corpus' drivers by their debug files.
+    ///
+    /// # Errors
+    /// When the drivers can't be built.
+    pub fn with_debug_files(
+        program: impl Into<PathBuf>,
+        kernel: &Kernel,
+        incidents: impl Into<PathBuf>,
+    ) -> Result<Self> {
+        let mut arguments = Vec::new();
+        let mut add = |flag: &str, path: &Path| {
+            arguments.extend([flag.to_owned(), path.display().to_string()]);
+        };
+        if let Some(vmlinux) = kernel.vmlinux() {
+            add("--vmlinux", &vmlinux);
+        }
+        let built = drivers(kernel)?;
+        if let Some(folder) = built.first().and_then(|driver| driver.with_debug.parent()) {
+            add("--debug-dir", folder);
+        }
+        Ok(Self { program: program.into(), incidents: incidents.into(), arguments })
+    }
 }
 
 /// A running guard. Dropped, it is asked to detach, and killed if it does not.

@@ -30,7 +30,7 @@ mod warm;
 
 use boundary::Scene;
 pub use code::CodeCache;
-use guest::{AddressSpace, Hook, HookKind, PhysMemory, Registers, Vcpu};
+use guest::{Hook, HookKind, PhysMemory, Registers, Vcpu};
 use repair_image::RepairImage;
 
 pub use diagnosis::{
@@ -57,8 +57,7 @@ pub fn diagnose(
     cache: &mut CodeCache,
 ) -> Result<Diagnosis, Error> {
     cache.look_again();
-    let placement = &image.placement;
-    let space = AddressSpace::new(phys, placement.root, placement.five_level);
+    let space = image.placement.space(phys);
     let kernel = Kernel::new(image, &space, registers);
     let mut evidence = Vec::new();
     let fault = fault::find(&kernel, registers, hook, cache)?;

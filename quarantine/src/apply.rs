@@ -108,7 +108,7 @@ fn check_word(space: &AddressSpace<'_>, what: &str, expected: &Expected) -> Resu
 }
 
 fn space<'m>(machine: &'m dyn Machine, image: &RepairImage) -> AddressSpace<'m> {
-    AddressSpace::new(machine.phys(), image.placement.root, image.placement.five_level)
+    image.placement.space(machine.phys())
 }
 
 fn carry_out(plan: &Plan, hand: &mut Hand<'_>, called: &mut Called) -> Result<usize, Error> {

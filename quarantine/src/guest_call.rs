@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use guest::{AddressSpace, CallOutcome, FreshRegion, GuestVirt, MachineError, Reg, Vcpu};
+use guest::{CallOutcome, FreshRegion, GuestVirt, MachineError, Reg, Vcpu};
 use repair_image::payload::{self, CallResult, EntryWrite, PayloadImage, PayloadMapping};
 
 use crate::Error;
@@ -116,8 +116,7 @@ fn plan_mapping(
 ) -> Result<PayloadMapping, Error> {
     let registers = hand.machine.registers(vcpu).map_err(Error::machine("reading registers"))?;
     let no_execute = registers.get(Reg::Efer).is_some_and(|efer| efer & EFER_NXE != 0);
-    let placement = &hand.image.placement;
-    let space = AddressSpace::new(hand.machine.phys(), placement.root, placement.five_level);
+    let space = hand.image.placement.space(hand.machine.phys());
     PayloadMapping::plan(&space, region.at, no_execute).map_err(Error::payload)
 }
 

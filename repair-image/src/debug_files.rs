@@ -84,9 +84,7 @@ impl DebugFiles {
     pub fn find(&self, module: &LoadedModule) -> Search {
         let mut search = Search::default();
         let by_id = module.build_id.iter().flat_map(|id| {
-            let text = id.to_string();
-            let (first, rest) = text.split_at(2.min(text.len()));
-            let file = format!(".build-id/{first}/{rest}.debug");
+            let file = build_id_path(id);
             self.directories.iter().map(move |directory| directory.join(&file))
         });
         let by_name = self.by_name.get(&module.name).into_iter().flatten().cloned();
@@ -103,6 +101,14 @@ impl DebugFiles {
         }
         search
     }
+}
+
+/// Where a debug file lies under a debug directory by its build id: `.build-id/xx/yyyy.debug`.
+#[must_use]
+pub fn build_id_path(id: &BuildId) -> PathBuf {
+    let text = id.to_string();
+    let (first, rest) = text.split_at(2.min(text.len()));
+    format!(".build-id/{first}/{rest}.debug").into()
 }
 
 /// The module's name from its file's: `virtio-net.ko.xz` is module `virtio_net`.

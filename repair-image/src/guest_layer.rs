@@ -153,7 +153,7 @@ impl GuestLayer {
         located: Located,
     ) -> Result<Self, Error> {
         let placement = located.placement;
-        let space = AddressSpace::new(phys, placement.root, placement.five_level);
+        let space = placement.space(phys);
         let place = Place { kernel, slide: placement.slide };
         let mut layer = Self {
             banner: located.banner,
@@ -177,7 +177,7 @@ impl GuestLayer {
     /// Its address space in `phys`.
     #[must_use]
     pub fn space<'m>(&self, phys: &'m dyn PhysMemory) -> AddressSpace<'m> {
-        AddressSpace::new(phys, self.placement.root, self.placement.five_level)
+        self.placement.space(phys)
     }
 
     /// Whether the guest is still in the boot that the layer was taken from, by the stack canary of the
@@ -517,7 +517,7 @@ pub fn without_files(
     vcpus: &[Registers],
 ) -> Result<(Located, KernelFacts), Error> {
     let (located, parts) = locate_without_files(phys, vcpus)?;
-    let space = AddressSpace::new(phys, located.placement.root, located.placement.five_level);
+    let space = located.placement.space(phys);
     let symbol = |wanted: &str| {
         let found = parts.symbols.iter().find(|(name, ..)| name == wanted)?;
         Some(GuestVirt(found.1.0.wrapping_add(located.placement.slide)))

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use guest::{GuestPhys, GuestVirt, LinkAddr};
+use guest::{AddressSpace, GuestPhys, GuestVirt, LinkAddr, PhysMemory};
 use serde::{Deserialize, Serialize};
 
 use crate::{Knowledge, Prototype, SourceFrame, Symbol, Types, UnwindRow};
@@ -53,6 +53,14 @@ pub struct Placement {
     pub text: Range<GuestVirt>,
     /// Per-CPU bases (`__per_cpu_offset[n]`), by kernel CPU number.
     pub per_cpu: Vec<u64>,
+}
+
+impl Placement {
+    /// The kernel's own address space in `phys`.
+    #[must_use]
+    pub fn space<'m>(&self, phys: &'m dyn PhysMemory) -> AddressSpace<'m> {
+        AddressSpace::new(phys, self.root, self.five_level)
+    }
 }
 
 /// A place in code, by name.

@@ -36,7 +36,7 @@ mod vmcoreinfo;
 
 pub use btf::Btf;
 pub use build_id::{BuildId, ParseBuildIdError};
-pub use debug_files::{DebugFiles, ModuleFile, Search};
+pub use debug_files::{DebugFiles, ModuleFile, Search, build_id_path};
 pub use error::Error;
 pub use guest_layer::{Gate, GuestLayer, KernelFacts, PageHashes, PageKind, without_files};
 pub use image::{Location, Module, Placement, RepairImage};

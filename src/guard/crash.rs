@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use diagnose::Diagnosis;
-use guest::{AddressSpace, Control, Hook, Machine, Registers, Stop, Vcpu};
+use guest::{Control, Hook, Machine, Registers, Stop, Vcpu};
 use quarantine::{Deed, Journal, Plan, Probation, Situation, Vital};
 use serde_json::json;
 
@@ -92,9 +92,7 @@ impl Guard<'_> {
         );
         handled.phases.push(("diagnosed", stop.at.elapsed()));
         let plan = {
-            let placement = &image.placement;
-            let memory =
-                AddressSpace::new(self.machine.phys(), placement.root, placement.five_level);
+            let memory = image.placement.space(self.machine.phys());
             let situation = Situation { diagnosis, image, memory: &memory, vcpus: &vcpus };
             quarantine::plan(&situation, &self.policy, &self.strikes)
         };
@@ -191,8 +189,7 @@ impl Guard<'_> {
 
     fn begin_probation(&mut self) -> Result<()> {
         let length = Duration::from_secs(self.policy.probation_s);
-        let placement = &self.session.image.placement;
-        let memory = AddressSpace::new(self.machine.phys(), placement.root, placement.five_level);
+        let memory = self.session.image.placement.space(self.machine.phys());
         let now = self.events.elapsed();
         self.watch.begin_probation(Probation::start(&self.session.image, &memory, length, now));
         let fields = json!({ "state": "started", "seconds": length.as_secs() });
@@ -205,8 +202,7 @@ impl Guard<'_> {
             self.watch.goes_on();
             return self.arm();
         }
-        let placement = &self.session.image.placement;
-        let memory = AddressSpace::new(self.machine.phys(), placement.root, placement.five_level);
+        let memory = self.session.image.placement.space(self.machine.phys());
         let Some(probation) = self.watch.probation() else { return Ok(()) };
         let now = self.events.elapsed();
         let vital = probation.check(&self.session.image, &memory, now);
