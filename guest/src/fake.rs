@@ -155,6 +155,10 @@ impl Machine for FakeMachine {
 }
 
 impl Control for FakeMachine {
+    fn is_running(&self) -> bool {
+        self.running
+    }
+
     fn stop(&mut self) -> Result<(), MachineError> {
         self.running = false;
         Ok(())

@@ -97,6 +97,13 @@ pub enum StopReason {
     Foreign,
     /// The guest was reset: everything known of its memory is void.
     Reset,
+    /// The vCPU met a fault while it delivered a double fault: it is shut down (Intel SDM 3A 6.15). Memory
+    /// is as the guest left it, registers may not be.
+    TripleFault,
+    /// The hypervisor can't run what the vCPU is to run next; the guest can't go on.
+    Unrunnable,
+    /// The guest told its hypervisor that it has crashed (pvpanic, a crash hypercall).
+    Panicked,
     /// The guest powered off or the hypervisor ended.
     Gone,
 }
@@ -154,6 +161,10 @@ pub trait Machine {
 
 /// Stopping and resuming.
 pub trait Control {
+    /// Whether the vCPUs run, as far as is known without waiting: a stop of the guest's own making may not
+    /// have been reported yet.
+    fn is_running(&self) -> bool;
+
     /// Stops every vCPU. No effect on a machine that stands.
     ///
     /// # Errors

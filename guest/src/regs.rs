@@ -40,6 +40,8 @@ registers! {
     R8 "r8", R9 "r9", R10 "r10", R11 "r11", R12 "r12", R13 "r13", R14 "r14", R15 "r15",
     Rip "rip", Rflags "rflags", Cs "cs", Ss "ss", FsBase "fs_base", GsBase "gs_base",
     KernelGsBase "kernel_gs_base", Cr0 "cr0", Cr2 "cr2", Cr3 "cr3", Cr4 "cr4", Efer "efer",
+    Lstar "lstar", Star "star", Cstar "cstar", Fmask "fmask", IdtBase "idt_base", GdtBase "gdt_base",
+    TrBase "tr_base",
 }
 
 impl Reg {
@@ -78,17 +80,23 @@ pub const RFLAGS_TF: u64 = 1 << 8;
 pub const RFLAGS_AC: u64 = 1 << 18;
 
 /// Register values of one vCPU or one frame, with the set of those that are known.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Registers {
     values: [u64; Reg::ALL.len()],
-    known: u32,
+    known: u64,
+}
+
+impl Default for Registers {
+    fn default() -> Self {
+        Self::unknown()
+    }
 }
 
 impl Registers {
     /// No register known.
     #[must_use]
     pub fn unknown() -> Self {
-        Self::default()
+        Self { values: [0; Reg::ALL.len()], known: 0 }
     }
 
     /// The value, `None` when it is not known.

@@ -122,7 +122,7 @@ impl<'a> Guard<'a> {
 
     /// Does `work` while the guest stands, and lets it run on if it ran.
     fn standing(&mut self, work: impl FnOnce(&mut Qemu) -> Result<()>) -> Result<()> {
-        let ran = self.machine.is_running();
+        let ran = Control::is_running(&self.machine);
         if ran {
             Control::stop(&mut self.machine)?;
         }

@@ -23,6 +23,10 @@ const SIGNAL_QUIT: u8 = 3;
 const MAX_DETOURS: usize = 10_000;
 
 impl Control for Qemu {
+    fn is_running(&self) -> bool {
+        self.stub.running()
+    }
+
     fn stop(&mut self) -> Result<(), MachineError> {
         Ok(self.halt()?)
     }

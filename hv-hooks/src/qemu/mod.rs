@@ -111,12 +111,6 @@ impl Qemu {
         self.attach_pause
     }
 
-    /// Whether the vCPUs run, as far as is known here.
-    #[must_use]
-    pub fn is_running(&self) -> bool {
-        self.stub.running()
-    }
-
     /// Descriptor tables of a vCPU, and whether it sleeps. Also while the guest runs.
     ///
     /// # Errors

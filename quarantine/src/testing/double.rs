@@ -118,6 +118,10 @@ impl Machine for Double {
 }
 
 impl Control for Double {
+    fn is_running(&self) -> bool {
+        false
+    }
+
     fn stop(&mut self) -> Result<(), MachineError> {
         Ok(())
     }
