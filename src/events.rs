@@ -1,11 +1,13 @@
 //! What `defib guard` says while it runs: JSON lines on stdout, or plain lines for people on stderr.
 
 use std::io::Write;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use guard::Observer;
 use serde_json::{Map, Value, json};
 
 /// Where events go.
+#[derive(Clone)]
 pub struct Events {
     json: bool,
     start: Instant,
@@ -16,12 +18,6 @@ impl Events {
     #[must_use]
     pub fn new(json: bool) -> Self {
         Self { json, start: Instant::now() }
-    }
-
-    /// Time since the start, on the monotonic clock.
-    #[must_use]
-    pub fn elapsed(&self) -> Duration {
-        self.start.elapsed()
     }
 
     /// Says `event` with its fields; `text` is what a person reads instead.
@@ -39,7 +35,7 @@ impl Events {
         object.insert("event".into(), json!(event));
         object.insert(
             "t_us".into(),
-            json!(u64::try_from(self.elapsed().as_micros()).unwrap_or(u64::MAX)),
+            json!(u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX)),
         );
         if let Value::Object(fields) = fields {
             object.extend(fields);
@@ -48,5 +44,11 @@ impl Events {
         serde_json::to_writer(&mut stdout, &Value::Object(object))?;
         stdout.write_all(b"\n")?;
         stdout.flush()
+    }
+}
+
+impl Observer for Events {
+    fn event(&mut self, event: &str, fields: Value, text: &str) -> std::io::Result<()> {
+        self.say(event, fields, text)
     }
 }

@@ -24,22 +24,17 @@ pub fn run(arguments: &ImageArguments) -> Result<Outcome> {
 }
 
 fn build(qmp: Option<&Path>, sources: &KnowledgeSources, output: &Path) -> Result<Outcome> {
+    let sources = knowledge::sources(sources);
     let (layer, guest) = match qmp {
         None => {
             let Some(vmlinux) = &sources.vmlinux else {
                 bail!("name a kernel: --vmlinux or --qmp")
             };
-            let layer = repair_image::kernel_layer::cached(
-                vmlinux,
-                &knowledge::cache(sources),
-                knowledge::threads(),
-            )
-            .with_context(|| format!("cannot use {}", vmlinux.display()))?;
-            (layer.into(), None)
+            (guard::kernel_layer(vmlinux, &sources)?.into(), None)
         }
         Some(qmp) => {
             let machine = Qemu::attach(AttachOptions::new(qmp))?;
-            let learned = knowledge::learn(machine.phys(), sources, &[])?;
+            let learned = guard::learn(machine.phys(), &sources, &[])?;
             machine.detach()?;
             let Some(layer) = learned.kernel.layer else {
                 bail!(

@@ -4,7 +4,7 @@ mod cli;
 mod corpus_command;
 mod demo;
 mod events;
-mod guard;
+mod guard_command;
 mod image;
 mod knowledge;
 mod plan;
@@ -27,7 +27,7 @@ pub enum Outcome {
 fn main() -> ExitCode {
     let arguments = cli::Arguments::parse();
     let result = match arguments.command {
-        cli::Command::Guard(arguments) => guard::run(&arguments),
+        cli::Command::Guard(arguments) => guard_command::run(&arguments),
         cli::Command::Image(arguments) => image::run(&arguments),
         cli::Command::Plan(arguments) => plan::run(&arguments),
         cli::Command::Corpus(arguments) => corpus_command::run(&arguments),

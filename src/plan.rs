@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::Outcome;
 use crate::cli::{Format, PlanArguments};
-use crate::{guard, knowledge};
+use crate::{guard_command, knowledge};
 
 /// Runs `defib plan`.
 ///
@@ -21,7 +21,7 @@ pub fn run(arguments: &PlanArguments) -> Result<Outcome> {
     let bytes = MappedFile::open(dump).with_context(|| format!("cannot use {}", dump.display()))?;
     let mut core =
         Vmcore::parse(bytes).with_context(|| format!("cannot use {}", dump.display()))?;
-    let learned = knowledge::learn(core.phys(), &arguments.knowledge, &[])?;
+    let learned = guard::learn(core.phys(), &knowledge::sources(&arguments.knowledge), &[])?;
     let image = RepairImage::assemble(&learned.kernel.facts, &learned.layer);
     let vcpus = (0..core.vcpu_count())
         .map(|vcpu| core.registers(Vcpu(vcpu)))
@@ -30,7 +30,7 @@ pub fn run(arguments: &PlanArguments) -> Result<Outcome> {
         bail!("no vCPU of this dump is crashing: none has the kernel's crash code on its stack")
     };
     let memory = image.placement.space(core.phys());
-    let policy = guard::policy(arguments.policy.as_deref())?;
+    let policy = guard_command::policy(arguments.policy.as_deref())?;
     let situation =
         Situation { diagnosis: &diagnosis, image: &image, memory: &memory, vcpus: &vcpus };
     let plan = quarantine::plan(&situation, &policy, &Strikes::default());

@@ -23,6 +23,7 @@ pub mod guarded;
 pub mod lab;
 pub mod scenario;
 pub mod stock;
+pub mod tiny;
 
 pub use error::Error;
 pub use error::Result;

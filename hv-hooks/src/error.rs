@@ -150,6 +150,121 @@ pub enum Error {
     /// One way to fresh memory does not exist in this VM.
     #[error("{0}")]
     FreshUnavailable(&'static str),
+    /// KVM refused something.
+    #[error("{ioctl}: {errno}")]
+    Kvm {
+        /// The ioctl.
+        ioctl: &'static str,
+        /// Its error.
+        errno: kvm_ioctls::Error,
+    },
+    /// KVM on this host can't do something that is needed.
+    #[error("KVM of this host lacks {capability}, which {used_for} needs")]
+    NoCapability {
+        /// Name of the capability.
+        capability: &'static str,
+        /// What can't be done without it.
+        used_for: &'static str,
+    },
+    /// What the VMM handed over is not enough.
+    #[error("{0}")]
+    Parts(&'static str),
+    /// A vCPU did not stop when it was told to.
+    #[error("vCPU {} did not stop within {after:?}: {why}", vcpu.0)]
+    VcpuMissing {
+        /// Which one.
+        vcpu: Vcpu,
+        /// How long was waited.
+        after: Duration,
+        /// What is known of its thread.
+        why: &'static str,
+    },
+    /// A vCPU's thread stands but did not do what it was asked for.
+    #[error("vCPU {} stands but did not answer within {after:?} ({what})", vcpu.0)]
+    VcpuSilent {
+        /// Which one.
+        vcpu: Vcpu,
+        /// What it was asked for.
+        what: &'static str,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// A vCPU's thread has ended, so nothing more can be asked of that vCPU.
+    #[error("the thread of vCPU {} has ended", .0.0)]
+    VcpuGone(Vcpu),
+    /// The VMM said that the VM has ended.
+    #[error("the VM has ended")]
+    Ended,
+    /// More hooks than debug registers.
+    #[error("{0} hooks, but a vCPU has four debug registers")]
+    TooManyHooks(usize),
+    /// Four hooks are armed and none of them can give way to the end of a call.
+    #[error("no debug register is free for the end of a call")]
+    NoDebugRegister,
+    /// A call into the guest can't end any more.
+    #[error("the call into the guest was cut short: {0:?}")]
+    CallCut(guest::StopReason),
+    /// A memory slot could not be made.
+    #[error(
+        "KVM_SET_USER_MEMORY_REGION: memslot {slot} at guest-physical {at:#x}, {size:#x} bytes: {errno}{}",
+        hint(*errno)
+    )]
+    Memslot {
+        /// Its number.
+        slot: u32,
+        /// Guest-physical start.
+        at: GuestPhys,
+        /// Bytes.
+        size: u64,
+        /// KVM's answer.
+        errno: kvm_ioctls::Error,
+    },
+    /// More regions of RAM than memory slots.
+    #[error("{regions} regions of RAM, but only {slots} memslots for them")]
+    TooFewSlots {
+        /// Regions.
+        regions: usize,
+        /// Slots.
+        slots: usize,
+    },
+    /// No free place in the guest-physical address space.
+    #[error(
+        "no place for {size:#x} bytes in the guest-physical address space of {bits} bits ({})",
+        tried(.refused)
+    )]
+    NoPlace {
+        /// Bytes.
+        size: u64,
+        /// Width of guest-physical addresses (MAXPHYADDR).
+        bits: u8,
+        /// Places that KVM refused, and why.
+        refused: Vec<Error>,
+    },
+    /// A dirty ring's size is not possible.
+    #[error(
+        "a dirty ring of {0} entries: it must be a power of two, 4 KiB or more, at most {1} entries"
+    )]
+    DirtyRingSize(u32, u32),
+}
+
+/// What the two usual refusals of a memory slot mean (Documentation/virt/kvm/api.rst, 4.35).
+fn hint(errno: kvm_ioctls::Error) -> &'static str {
+    match errno.errno() {
+        libc::EEXIST => " (it overlaps another memslot)",
+        libc::EINVAL => {
+            " (the number is in use or too high, or the address is past what KVM can map)"
+        }
+        _ => "",
+    }
+}
+
+/// "KVM refused: why; why".
+fn tried(refused: &[Error]) -> String {
+    if refused.is_empty() {
+        return "RAM and reserved windows leave none".to_owned();
+    }
+    let texts: Vec<String> = refused.iter().map(ToString::to_string).collect();
+    texts.join("; ")
 }
 
 /// "hot_added: why; firmware_tail: why".
@@ -170,6 +285,31 @@ impl Error {
         move |source| Self::Io { what, source }
     }
 
+    /// An [`Error::Kvm`] from an ioctl's error.
+    pub(crate) fn kvm(ioctl: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |errno| Self::Kvm { ioctl, errno }
+    }
+
+    /// The backend that this error comes from when it is passed on as its own.
+    fn backend(&self) -> &'static str {
+        match self {
+            Self::Kvm { .. }
+            | Self::NoCapability { .. }
+            | Self::Parts(_)
+            | Self::VcpuMissing { .. }
+            | Self::VcpuSilent { .. }
+            | Self::VcpuGone(_)
+            | Self::TooManyHooks(_)
+            | Self::NoDebugRegister
+            | Self::CallCut(_)
+            | Self::Memslot { .. }
+            | Self::TooFewSlots { .. }
+            | Self::NoPlace { .. }
+            | Self::DirtyRingSize(..) => "kvm",
+            _ => "qemu",
+        }
+    }
+
     /// An [`Error::Answer`] with a bounded excerpt of the answer.
     pub(crate) fn answer(command: impl Into<String>, said: impl AsRef<[u8]>) -> Self {
         Self::Answer { command: command.into(), said: excerpt(said.as_ref()) }
@@ -184,11 +324,11 @@ pub(crate) fn excerpt(bytes: &[u8]) -> String {
 impl From<Error> for MachineError {
     fn from(error: Error) -> Self {
         match error {
-            Error::Gone => Self::Gone,
+            Error::Gone | Error::Ended => Self::Gone,
             Error::Timeout { what, after } => Self::Timeout { what, after },
             Error::NoSuchVcpu(vcpu) => Self::NoSuchVcpu(vcpu),
             Error::Memory(source) => Self::Memory(source),
-            other => Self::Backend { backend: "qemu", source: Box::new(other) },
+            other => Self::Backend { backend: other.backend(), source: Box::new(other) },
         }
     }
 }

@@ -78,7 +78,8 @@ fn sum(held: &[Held], share: fn(ResourceKind) -> i64) -> i64 {
 /// policy allows it.
 ///
 /// In an interrupt the lower bits belong to whoever was interrupted and are left alone; only the
-/// bits of the context itself are checked.
+/// bits of the context itself are checked. So the count can't show a lock that was missed there, and the
+/// caller must have seen to it that the kernel's lock functions are known by name.
 pub(crate) fn preempt_count(
     context: &Context,
     effects: &FrameEffects,

@@ -24,11 +24,25 @@ const RFLAGS_FIXED: u64 = 2;
 const NMI_LIKE: [&str; 5] =
     ["exc_double_fault", "exc_nmi", "exc_int3", "exc_debug", "exc_machine_check"];
 
+/// Functions by whose calls held spinlocks are found. Linux builds them out of line: x86 selects none of the
+/// `ARCH_INLINE_SPIN_LOCK` symbols of kernel/Kconfig.locks.
+const LOCK_FUNCTIONS: [&str; 2] = ["_raw_spin_lock", "_raw_spin_lock_irqsave"];
+
+/// In an interrupt nothing would show that a lock was missed, so the functions to look for must be known.
+fn check_lock_functions(situation: &Situation<'_>) -> Result<(), Reason> {
+    if situation.diagnosis.context.kind == ExecutionContext::Task {
+        return Ok(());
+    }
+    let missing = LOCK_FUNCTIONS.iter().find(|name| situation.image.address_of(name).is_none());
+    missing.map_or(Ok(()), |name| Err(Reason::MissingFunction { name: (*name).to_owned() }))
+}
+
 /// The steps of an error return.
 pub(crate) fn steps(situation: &Situation<'_>, policy: &Policy) -> Result<Steps, Reason> {
     let diagnosis = situation.diagnosis;
     let boundary = diagnosis.boundary.as_ref().ok_or(Reason::NoBoundary)?;
     check_context(diagnosis)?;
+    check_lock_functions(situation)?;
     locks::check(diagnosis, &boundary.effects)?;
     let rule = rule(&boundary.function);
     let target = target(situation, boundary, rule)?;

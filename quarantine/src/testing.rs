@@ -199,7 +199,7 @@ pub(crate) const PREEMPT_COUNT: GuestVirt = GuestVirt(PER_CPU.0 + 0x20);
 pub(crate) const RAM: u64 = 8 << 20;
 
 /// Kernel functions of the fake kernel, 0x40 bytes each.
-const FUNCTIONS: [&str; 14] = [
+const FUNCTIONS: [&str; 16] = [
     "vfs_write",
     "mutex_unlock",
     "up_write",
@@ -214,6 +214,8 @@ const FUNCTIONS: [&str; 14] = [
     "call_timer_fn",
     "disable_irq_nosync",
     "timer_delete",
+    "_raw_spin_lock",
+    "_raw_spin_lock_irqsave",
 ];
 /// Driver functions: name, and what they return (`None` = not known).
 const DRIVER: [(&str, Option<&str>); 6] = [

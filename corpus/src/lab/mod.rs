@@ -2,12 +2,13 @@
 //! put through is not here but in [`crate::scenario`].
 
 mod agent;
-mod build;
-mod cache;
+pub(crate) mod build;
+pub(crate) mod cache;
 mod disk;
 mod drivers;
 mod initramfs;
 mod kernel;
+mod nested;
 mod qmp;
 mod snapshot;
 mod vm;
@@ -18,8 +19,12 @@ pub use drivers::DriverModule;
 pub use drivers::driver_source;
 pub use drivers::drivers;
 pub use kernel::Kernel;
+pub use nested::Ended;
+pub use nested::Given;
+pub use nested::Nested;
 pub use qmp::Qmp;
 pub use snapshot::Snapshot;
+pub use vm::Accelerator;
 pub use vm::Backend;
 pub use vm::Machine;
 pub use vm::Vm;

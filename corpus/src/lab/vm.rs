@@ -53,6 +53,15 @@ pub enum Machine {
     Q35,
 }
 
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// QEMU translates them: any host.
+    Tcg,
+    /// The CPU itself: a host with hardware KVM.
+    Kvm,
+}
+
 /// What a VM is made of.
 #[derive(Clone, Debug)]
 pub struct VmConfig {
@@ -68,6 +77,8 @@ pub struct VmConfig {
     pub slots: bool,
     /// The board.
     pub machine: Machine,
+    /// What runs the guest's instructions.
+    pub accelerator: Accelerator,
     /// QEMU's `edu` device, which `crash_irq` drives.
     pub edu: bool,
     /// The QEMU program.
@@ -98,6 +109,7 @@ impl VmConfig {
             backend: Backend::SharedFile,
             slots: true,
             machine: Machine::Pc,
+            accelerator: Accelerator::Tcg,
             edu: true,
             qemu: PathBuf::from("qemu-system-x86_64"),
             cpu: None,
@@ -138,7 +150,11 @@ impl VmConfig {
         let backend = if memory.is_some() { ",memory-backend=ram" } else { "" };
         let mut words: Vec<String> = Vec::new();
         let mut add = |text: &[&str]| words.extend(text.iter().map(|word| (*word).to_owned()));
-        add(&["-machine", &format!("{machine}{backend}"), "-accel", "tcg,thread=multi"]);
+        let accelerator = match self.accelerator {
+            Accelerator::Tcg => "tcg,thread=multi",
+            Accelerator::Kvm => "kvm",
+        };
+        add(&["-machine", &format!("{machine}{backend}"), "-accel", accelerator]);
         add(&["-m", &format!("{}M{slots}", self.memory_mib), "-smp", &self.vcpus.to_string()]);
         if let Some(memory) = &memory {
             add(&["-object", memory]);

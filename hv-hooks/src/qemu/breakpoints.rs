@@ -1,7 +1,7 @@
 //! How a hook is armed. [`HookPlacement`] is all the rest knows of it; hardware breakpoints of the gdb stub are
 //! one way, code that the hypervisor places at the hook would be another.
 
-use guest::{GuestVirt, Hook, Vcpu};
+use guest::{GuestVirt, Hook, HookKind, Vcpu};
 
 use super::stub::Stub;
 use crate::Error;
@@ -17,9 +17,15 @@ pub(crate) trait HookPlacement: Send {
     /// The hook that a vCPU stands on which was stopped by it with this instruction pointer.
     fn hook_at(&self, rip: GuestVirt) -> Option<Hook>;
 
+    /// The hook that can be without its breakpoint for a moment, if breakpoints are short with it in place.
+    fn dispensable(&self) -> Option<Hook>;
+
     /// Lets a vCPU that stands on a hook execute the first instruction of the function, the others standing.
     fn pass(&mut self, stub: &mut Stub, vcpu: Vcpu, hook: Hook) -> Result<(), Error>;
 }
+
+/// Address registers DR0 to DR3 (Intel SDM 3B 18.2.1).
+const DEBUG_REGISTERS: usize = 4;
 
 /// Hardware breakpoints (`Z1`): debug registers under KVM, of which a CPU has four; any number under TCG.
 #[derive(Default)]
@@ -61,6 +67,13 @@ impl HookPlacement for HardwareBreakpoints {
 
     fn hook_at(&self, rip: GuestVirt) -> Option<Hook> {
         self.armed.iter().find(|hook| hook.at == rip).copied()
+    }
+
+    /// A stack overflow is reported by exc_double_fault() before handle_stack_overflow() or, where that is
+    /// called for a page fault, by the oops_begin() it leads to (arch/x86/mm/fault.c, page_fault_oops()).
+    fn dispensable(&self) -> Option<Hook> {
+        let full = self.armed.len() >= DEBUG_REGISTERS;
+        self.armed.iter().find(|hook| full && hook.kind == HookKind::StackOverflow).copied()
     }
 
     /// A vCPU that is resumed on a breakpoint reports it again at once (accel/tcg/cpu-exec.c,

@@ -65,6 +65,46 @@ impl Call for Qemu {
         end: GuestVirt,
         limit: Duration,
     ) -> Result<CallOutcome, MachineError> {
+        let lent = self.lend_breakpoint()?;
+        let outcome = self.call(vcpu, regs, end, limit);
+        if let Some(hook) = lent {
+            self.stub.order(&[set(hook.at)])?;
+        }
+        outcome
+    }
+}
+
+/// A call under way.
+struct RunningCall {
+    vcpu: Vcpu,
+    end: GuestVirt,
+    /// The vCPUs that stand meanwhile.
+    held: Vec<Vcpu>,
+}
+
+/// A stop that is known from something else than the stub's report.
+fn stop_now(vcpu: Vcpu, reason: StopReason) -> Stop {
+    Stop { vcpu, reason, at: Instant::now() }
+}
+
+impl Qemu {
+    /// Under KVM a breakpoint is a debug register, and hooks may have all of them: one gives way to a call's
+    /// end, if need be.
+    fn lend_breakpoint(&mut self) -> Result<Option<Hook>, Error> {
+        let lent = if self.translates { None } else { self.placement.dispensable() };
+        if let Some(hook) = lent {
+            self.stub.order(&[clear(hook.at)])?;
+        }
+        Ok(lent)
+    }
+
+    fn call(
+        &mut self,
+        vcpu: Vcpu,
+        regs: &Registers,
+        end: GuestVirt,
+        limit: Duration,
+    ) -> Result<CallOutcome, MachineError> {
         let mut first = self.stub.register_writes(vcpu, regs)?;
         // Those that stand on a hook of their own would report it at once, again and again.
         let mut held = self.standing_on_hooks()?;
@@ -94,22 +134,7 @@ impl Call for Qemu {
         }
         self.abandon(&call, after)
     }
-}
 
-/// A call under way.
-struct RunningCall {
-    vcpu: Vcpu,
-    end: GuestVirt,
-    /// The vCPUs that stand meanwhile.
-    held: Vec<Vcpu>,
-}
-
-/// A stop that is known from something else than the stub's report.
-fn stop_now(vcpu: Vcpu, reason: StopReason) -> Stop {
-    Stop { vcpu, reason, at: Instant::now() }
-}
-
-impl Qemu {
     /// Stops all vCPUs. If they were stopped by something else in the same moment, `wait` reports that.
     fn halt(&mut self) -> Result<(), Error> {
         if !self.stub.running() {

@@ -119,7 +119,7 @@ impl Stub {
         regs: &Registers,
     ) -> Result<Vec<String>, Error> {
         let mut current = self.registers(vcpu)?;
-        let mut packets = self.file.writes(regs, &current);
+        let mut packets = self.file.writes(regs, &current)?;
         if !packets.is_empty() {
             packets.insert(0, format!("Hg{:x}", self.thread(vcpu)?));
         }

@@ -14,6 +14,8 @@ pub struct Watch {
     let_go: Option<Instant>,
     /// The guest was reset; when it was last looked at.
     rebooting: Option<Instant>,
+    /// The guest can't go on: only a reset brings it back.
+    dead: bool,
 }
 
 impl Watch {
@@ -36,6 +38,17 @@ impl Watch {
     pub fn let_go(&mut self) {
         self.probation = None;
         self.let_go = Some(Instant::now());
+    }
+
+    /// The guest can't go on.
+    pub fn died(&mut self) {
+        *self = Self { dead: true, ..Self::default() };
+    }
+
+    /// Whether the guest can't go on and was not reset since.
+    #[must_use]
+    pub fn is_dead(&self) -> bool {
+        self.dead
     }
 
     /// How long ago a crash was let go, if the guest has not been seen well since.
@@ -74,6 +87,14 @@ impl Watch {
         self.rebooting = None;
     }
 
+    /// As if that much more time had passed.
+    #[cfg(test)]
+    pub fn age(&mut self, by: Duration) {
+        for at in [&mut self.let_go, &mut self.rebooting].into_iter().flatten() {
+            *at = at.checked_sub(by).unwrap();
+        }
+    }
+
     /// Whether nothing is waited for.
     #[must_use]
     pub fn is_over(&self) -> bool {
@@ -96,5 +117,9 @@ mod tests {
         assert!(!watch.is_time_to_look());
         watch.booted();
         assert!(watch.is_over());
+        watch.died();
+        assert!(watch.is_dead() && watch.is_over());
+        watch.wait_for_boot();
+        assert!(!watch.is_dead());
     }
 }

@@ -6,9 +6,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+
+use crate::Error;
 
 /// Version of the schema of `incident.json`; raised when a field changes its meaning.
 const SCHEMA: u32 = 1;
@@ -25,7 +26,7 @@ impl Incident {
     ///
     /// # Errors
     /// When the folder can't be made.
-    pub fn open(incidents: &Path, signature: &str) -> Result<Self> {
+    pub fn open(incidents: &Path, signature: &str) -> Result<Self, Error> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let stamp = timestamp(now.as_secs());
         let safe: String =
@@ -33,7 +34,7 @@ impl Incident {
         let name = format!("{}-{:03}-{safe}", stamp.replace([':', '-'], ""), now.subsec_millis());
         let folder = unused(&incidents.join(name));
         fs::create_dir_all(&folder)
-            .with_context(|| format!("cannot make incident folder {}", folder.display()))?;
+            .map_err(|source| Error::IncidentFolder { path: folder.clone(), source })?;
         let mut record = Map::new();
         record.insert("schema".into(), json!(SCHEMA));
         record.insert("opened".into(), json!(stamp));
@@ -68,8 +69,9 @@ impl Incident {
     ///
     /// # Errors
     /// When the disk refuses.
-    pub fn write(&self) -> Result<()> {
-        let json = serde_json::to_vec_pretty(&self.record).context("incident.json")?;
+    pub fn write(&self) -> Result<(), Error> {
+        let json = serde_json::to_vec_pretty(&self.record)
+            .map_err(|source| Error::Json { what: "incident.json", source })?;
         replace(&self.folder.join("incident.json"), &json)?;
         replace(&self.folder.join("report.txt"), self.report.as_bytes())
     }
@@ -83,7 +85,7 @@ fn unused(folder: &Path) -> PathBuf {
     free.next().unwrap_or_else(|| folder.to_path_buf())
 }
 
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+fn replace(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let partial = path.with_extension("partial");
     let write = || -> std::io::Result<()> {
         let mut file = fs::File::create(&partial)?;
@@ -91,7 +93,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
         file.sync_all()?;
         fs::rename(&partial, path)
     };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    write().map_err(|source| Error::IncidentFile { path: path.to_owned(), source })
 }
 
 /// UTC time as RFC 3339, seconds. Days to date after Hinnant's "civil_from_days".

@@ -3,18 +3,20 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
 use diagnose::CodeCache;
-use guest::{AddressSpace, Hook, HookKind, Machine, PhysMemory, Reg, Registers, VirtMemory};
+use guest::{AddressSpace, Hook, HookKind, PhysMemory, Reg, Registers, VirtMemory};
 use repair_image::{DebugFiles, GuestLayer, RepairImage};
 use serde_json::{Value, json};
 
-use crate::cli::KnowledgeSources;
-use crate::events::Events;
 use crate::knowledge::{self, Kernel, Learned};
+use crate::{Error, KnowledgeSources, Observer};
 
+/// CR0.PE: protected mode, not real mode (Intel SDM 3A 2.5).
+const CR0_PROTECTION: u64 = 1 << 0;
 /// CR0.PG: paging is on (Intel SDM 3A 2.5).
 const CR0_PAGING: u64 = 1 << 31;
+/// EFER.LMA: 64-bit mode or a 32-bit program under it (Intel SDM 3A 2.2.1).
+const EFER_LONG_MODE: u64 = 1 << 10;
 
 /// Knowledge of one boot of the guest.
 pub struct Session {
@@ -38,22 +40,31 @@ impl Session {
     ///
     /// # Errors
     /// When the kernel is not found, or is another than the files are for.
-    pub fn begin(machine: &dyn Machine, sources: &KnowledgeSources) -> Result<Self> {
-        Self::with(knowledge::learn(machine.phys(), sources, &[])?, sources.clone())
+    pub fn begin(phys: &dyn PhysMemory, sources: &KnowledgeSources) -> Result<Self, Error> {
+        Self::with(knowledge::learn(phys, sources, &[])?, sources.clone())
+    }
+
+    /// Whether the kernel is known not to have booted: text may still be patched, CPUs may be missing.
+    #[must_use]
+    pub fn is_booting(&self, phys: &dyn PhysMemory) -> bool {
+        self.system_state(phys).is_some_and(|(state, running)| state < running)
     }
 
     /// The same after a reset of the guest: its kernel may lie elsewhere, or be another.
     ///
     /// # Errors
     /// As [`Session::begin`]; also while the guest has not booted yet.
-    pub fn begin_again(&self, machine: &dyn Machine, vcpus: &[Registers]) -> Result<Self> {
-        let phys = machine.phys();
+    pub fn begin_again(&self, phys: &dyn PhysMemory, vcpus: &[Registers]) -> Result<Self, Error> {
         let learned = knowledge::take(phys, self.kernel.clone(), vcpus)
             .or_else(|_| knowledge::learn(phys, &self.sources, vcpus))?;
         let session = Self::with(learned, self.sources.clone())?;
-        ensure!(session.runs_on(phys, vcpus), "no vCPU runs this kernel");
-        ensure!(session.has_booted(phys), "the kernel is still booting");
-        Ok(session)
+        if !session.runs_on(phys, vcpus) {
+            return Err(Error::NotRunning);
+        }
+        match session.system_state(phys) {
+            Some((state, running)) if state == running => Ok(session),
+            _ => Err(Error::Booting),
+        }
     }
 
     /// Whether a vCPU's own page tables map this kernel. After a reset, memory still holds the kernel of the
@@ -69,15 +80,40 @@ impl Session {
         })
     }
 
-    /// Whether `system_state` is `SYSTEM_RUNNING`: text is patched and user space has started.
-    fn has_booted(&self, phys: &dyn PhysMemory) -> bool {
-        let running = self.image.types.enumerator("SYSTEM_RUNNING");
-        let state = self.image.address_of("system_state");
-        let state = state.and_then(|at| self.layer.space(phys).read_u32(at).ok());
-        running.is_some() && state.map(i64::from) == running
+    /// Why a vCPU that stands at a hook's address can't be at the hook; `None` when it can.
+    #[must_use]
+    pub fn why_not_in_kernel(
+        &self,
+        phys: &dyn PhysMemory,
+        registers: &Registers,
+    ) -> Option<&'static str> {
+        let off = |reg, bit| registers.get(reg).is_some_and(|value| value & bit == 0);
+        if off(Reg::Cr0, CR0_PROTECTION) {
+            Some("is in real mode")
+        } else if off(Reg::Cr0, CR0_PAGING) {
+            Some("has paging off")
+        } else if off(Reg::Efer, EFER_LONG_MODE) {
+            Some("is not in long mode")
+        } else if !self.runs_on(phys, std::slice::from_ref(registers)) {
+            Some("runs another kernel than the one that is known")
+        } else {
+            None
+        }
     }
 
-    fn with(learned: Learned, sources: KnowledgeSources) -> Result<Self> {
+    /// `system_state` and the value from which on text is patched and user space has started
+    /// (`SYSTEM_RUNNING`; smaller ones are stages of the boot).
+    fn system_state(&self, phys: &dyn PhysMemory) -> Option<(i64, i64)> {
+        let running = self.image.types.enumerator("SYSTEM_RUNNING")?;
+        let state = self.image.address_of("system_state")?;
+        Some((self.layer.space(phys).read_u32(state).ok()?.into(), running))
+    }
+
+    /// With a kernel that is known.
+    ///
+    /// # Errors
+    /// When it lacks a function that is to be hooked.
+    pub fn with(learned: Learned, sources: KnowledgeSources) -> Result<Self, Error> {
         let Learned { kernel, layer, taken } = learned;
         let mut session = Self {
             image: RepairImage::assemble(&kernel.facts, &layer),
@@ -95,14 +131,12 @@ impl Session {
         Ok(session)
     }
 
-    fn hooks_or_error(&self) -> Result<()> {
-        for kind in HookKind::ALL {
-            let function = kind.function();
-            self.image
-                .address_of(function)
-                .with_context(|| format!("the kernel has no {function}()"))?;
+    fn hooks_or_error(&self) -> Result<(), Error> {
+        let mut functions = HookKind::ALL.into_iter().map(HookKind::function);
+        match functions.find(|function| self.image.address_of(function).is_none()) {
+            Some(function) => Err(Error::NoHook { function }),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Where the hooks sit in this boot.
@@ -117,7 +151,7 @@ impl Session {
     ///
     /// # Errors
     /// When the list can't be read.
-    pub fn refresh_modules(&mut self, phys: &dyn PhysMemory) -> Result<bool> {
+    pub fn refresh_modules(&mut self, phys: &dyn PhysMemory) -> Result<bool, Error> {
         if !self.refresh_from_memory(phys)? {
             return Ok(false);
         }
@@ -129,9 +163,11 @@ impl Session {
     ///
     /// # Errors
     /// When the list can't be read.
-    pub fn refresh_from_memory(&mut self, phys: &dyn PhysMemory) -> Result<bool> {
-        let changed =
-            self.layer.refresh_modules(phys, &self.kernel.facts).context("module list")?;
+    pub fn refresh_from_memory(&mut self, phys: &dyn PhysMemory) -> Result<bool, Error> {
+        let changed = self
+            .layer
+            .refresh_modules(phys, &self.kernel.facts)
+            .map_err(|source| Error::Modules(Box::new(source)))?;
         if changed {
             self.image = RepairImage::assemble(&self.kernel.facts, &self.layer);
             self.warm = false;
@@ -172,8 +208,8 @@ impl Session {
     /// Says what image is in use.
     ///
     /// # Errors
-    /// When stdout can't be written.
-    pub fn announce(&self, events: &Events) -> std::io::Result<()> {
+    /// When the observer fails.
+    pub fn announce(&self, observer: &mut dyn Observer) -> std::io::Result<()> {
         let bytes = self
             .kernel
             .layer
@@ -191,14 +227,14 @@ impl Session {
             self.taken.as_secs_f64() * 1e3,
             self.image.modules.len(),
         );
-        events.say("image", fields, &text)
+        observer.event("image", fields, &text)
     }
 
     /// Says which modules are loaded.
     ///
     /// # Errors
-    /// When stdout can't be written.
-    pub fn announce_modules(&self, events: &Events) -> std::io::Result<()> {
+    /// When the observer fails.
+    pub fn announce_modules(&self, observer: &mut dyn Observer) -> std::io::Result<()> {
         let names: Vec<_> = self.image.modules.iter().map(|module| &module.name).collect();
         let with_lines: Vec<_> = self
             .image
@@ -209,6 +245,6 @@ impl Session {
             .collect();
         let fields =
             json!({ "modules": names, "with_lines": with_lines, "refused": self.refused_files });
-        events.say("modules", fields, &format!("modules changed: {} loaded", names.len()))
+        observer.event("modules", fields, &format!("modules changed: {} loaded", names.len()))
     }
 }
