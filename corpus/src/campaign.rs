@@ -1,6 +1,8 @@
 //! Runs cases on lab guests under guard and judges what came of them: saved or not, and whether the
 //! guard's diagnosis says what the case expects.
 
+pub(crate) mod names;
+
 use std::time::Duration;
 
 use serde_json::Value;
@@ -8,7 +10,8 @@ use serde_json::Value;
 use crate::Result;
 use crate::guarded::{Guard, GuardConfig};
 use crate::lab::Snapshot;
-use crate::scenario::{Blame, Case, Class, Context, Resource, Rung};
+use crate::scenario::{Blame, Case, Class, Resource};
+use names::text;
 
 /// How long a guard may take to learn a kernel that it has never seen.
 const ATTACH_LIMIT: Duration = Duration::from_secs(120);
@@ -173,8 +176,8 @@ fn differences(case: &Case, diagnosis: &Value, end: &Value) -> Result<Vec<String
             differences.push(format!("{what}: {found:?} instead of {expected:?}"));
         }
     };
-    compare("class", text(diagnosis, "/class/kind"), class(case.class));
-    compare("context", text(diagnosis, "/context/kind"), context(case.context));
+    compare("class", text(diagnosis, "/class/kind"), names::class(case.class));
+    compare("context", text(diagnosis, "/context/kind"), names::context(case.context));
     if let Some(place) = case.offender()? {
         let file = text(diagnosis, "/offender/source/file");
         let file = file.rsplit('/').next().unwrap_or_default();
@@ -193,80 +196,15 @@ fn differences(case: &Case, diagnosis: &Value, end: &Value) -> Result<Vec<String
         });
         compare("core function named", named.to_string(), "true");
     }
-    compare("held", held(case, diagnosis), &expected_held(case));
-    if let Some(rung) = end.get("rung").and_then(Value::as_u64) {
-        compare("rung", rung.to_string(), &number(case.rung).to_string());
-    }
-    Ok(differences)
-}
-
-fn text(value: &Value, pointer: &str) -> String {
-    value.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
-}
-
-fn held(case: &Case, diagnosis: &Value) -> String {
-    let pointer = match case.blame {
+    let held_at = match case.blame {
         Blame::Driver => "/boundary/effects/held",
         Blame::Process { .. } => "/all_effects/held",
     };
-    let list = diagnosis.pointer(pointer).and_then(Value::as_array).cloned().unwrap_or_default();
-    let mut kinds: Vec<String> = list.iter().map(|held| text(held, "/kind")).collect();
-    kinds.sort();
-    kinds.join(" ")
-}
-
-fn expected_held(case: &Case) -> String {
-    let mut kinds: Vec<&str> = case.held.iter().map(|&held| resource(held)).collect();
-    kinds.sort_unstable();
-    kinds.join(" ")
-}
-
-fn class(class: Class) -> &'static str {
-    match class {
-        Class::NullDereference => "null_dereference",
-        Class::WildDereference => "wild_pointer",
-        Class::GeneralProtection => "general_protection",
-        Class::NullCall => "bad_call",
-        Class::Bug => "bug",
-        Class::ListCorruption => "list_corruption",
-        Class::Usercopy => "usercopy",
-        Class::Divide => "divide",
-        Class::StackOverflow => "stack_overflow",
-        Class::Panic => "panic",
+    compare("held", names::held(diagnosis, held_at), &names::resources(case.held));
+    if let Some(rung) = end.get("rung").and_then(Value::as_u64) {
+        compare("rung", rung.to_string(), &names::rung(case.rung).to_string());
     }
-}
-
-fn context(context: Context) -> &'static str {
-    match context {
-        Context::Task | Context::KernelThread | Context::Work => "task",
-        Context::Softirq => "softirq",
-        Context::Hardirq => "hardirq",
-    }
-}
-
-fn resource(resource: Resource) -> &'static str {
-    match resource {
-        Resource::Mutex => "mutex",
-        Resource::RwsemRead => "rwsem_read",
-        Resource::RwsemWrite => "rwsem_write",
-        Resource::Spinlock => "spinlock",
-        Resource::SpinlockIrqsave => "spinlock_irqsave",
-        Resource::SpinlockIrq => "spinlock_irq",
-        Resource::SpinlockBh => "spinlock_bh",
-        Resource::ReadLock => "read_lock",
-        Resource::WriteLock => "write_lock",
-        Resource::Rcu => "rcu",
-        Resource::IrqsOff => "interrupts",
-        Resource::BhOff => "bottom_halves",
-        Resource::PreemptionOff => "preemption",
-    }
-}
-
-fn number(rung: Rung) -> u64 {
-    match rung {
-        Rung::ReturnError => 1,
-        Rung::EndProcess => 3,
-    }
+    Ok(differences)
 }
 
 #[cfg(test)]

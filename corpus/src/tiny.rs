@@ -18,6 +18,7 @@
 //! ```
 
 mod qemu;
+mod verdict;
 
 use std::fs;
 use std::path::{Path, PathBuf};

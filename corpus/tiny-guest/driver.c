@@ -75,8 +75,8 @@ static noinline ssize_t null_call(struct device *dev)
 #pragma GCC diagnostic ignored "-Winfinite-recursion"
 static noinline u64 stack_overflow(volatile u64 *outer)
 {
-	volatile u64 frame[32] = { outer[0] + 1 };
-	return stack_overflow(frame) + frame[1]; /* crash: stack-overflow */
+	volatile u64 frame[32] = { outer[0] + 1 }; /* crash: stack-overflow */
+	return stack_overflow(frame) + frame[1];
 }
 
 static noinline ssize_t overflow(struct device *dev)

@@ -290,23 +290,14 @@ impl Error {
         move |errno| Self::Kvm { ioctl, errno }
     }
 
-    /// The backend that this error comes from when it is passed on as its own.
-    fn backend(&self) -> &'static str {
+    /// The error of a machine whose backend has this name.
+    pub(crate) fn of(self, backend: &'static str) -> MachineError {
         match self {
-            Self::Kvm { .. }
-            | Self::NoCapability { .. }
-            | Self::Parts(_)
-            | Self::VcpuMissing { .. }
-            | Self::VcpuSilent { .. }
-            | Self::VcpuGone(_)
-            | Self::TooManyHooks(_)
-            | Self::NoDebugRegister
-            | Self::CallCut(_)
-            | Self::Memslot { .. }
-            | Self::TooFewSlots { .. }
-            | Self::NoPlace { .. }
-            | Self::DirtyRingSize(..) => "kvm",
-            _ => "qemu",
+            Self::Gone | Self::Ended => MachineError::Gone,
+            Self::Timeout { what, after } => MachineError::Timeout { what, after },
+            Self::NoSuchVcpu(vcpu) => MachineError::NoSuchVcpu(vcpu),
+            Self::Memory(source) => MachineError::Memory(source),
+            other => MachineError::Backend { backend, source: Box::new(other) },
         }
     }
 
@@ -321,15 +312,10 @@ pub(crate) fn excerpt(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes.get(..200).unwrap_or(bytes)).trim_end().to_owned()
 }
 
+/// QEMU's backend; the other names itself.
 impl From<Error> for MachineError {
     fn from(error: Error) -> Self {
-        match error {
-            Error::Gone | Error::Ended => Self::Gone,
-            Error::Timeout { what, after } => Self::Timeout { what, after },
-            Error::NoSuchVcpu(vcpu) => Self::NoSuchVcpu(vcpu),
-            Error::Memory(source) => Self::Memory(source),
-            other => Self::Backend { backend: other.backend(), source: Box::new(other) },
-        }
+        error.of("qemu")
     }
 }
 

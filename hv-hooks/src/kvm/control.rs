@@ -10,9 +10,9 @@ use guest::{
 };
 use vm_memory::GuestMemoryBackend;
 
-use super::KvmMachine;
 use super::debug::DEBUG_REGISTERS;
 use super::shared::{CallEnding, Job, Place, RunningCall, StandsOn, State};
+use super::{KvmMachine, of_kvm};
 use crate::Error;
 
 impl<M: GuestMemoryBackend> Control for KvmMachine<M> {
@@ -22,7 +22,7 @@ impl<M: GuestMemoryBackend> Control for KvmMachine<M> {
 
     /// Waits at most a second. If a vCPU does not come until then, the others run on as before.
     fn stop(&mut self) -> Result<(), MachineError> {
-        Ok(self.halt()?)
+        self.halt().map_err(of_kvm)
     }
 
     /// What was met but not reported yet comes first: the guest stands on until [`Control::wait`] has told it.
@@ -38,37 +38,22 @@ impl<M: GuestMemoryBackend> Control for KvmMachine<M> {
     /// When a vCPU met something but another does not come to a stop within a second, that is an error; the guest stands
     /// as far as it does, and the next call tries again.
     fn wait(&mut self, limit: Duration) -> Result<Option<Stop>, MachineError> {
-        Ok(self.wait_until(deadline(limit))?)
+        self.wait_until(deadline(limit)).map_err(of_kvm)
     }
 
     fn set_registers(&mut self, vcpu: Vcpu, regs: &Registers) -> Result<(), MachineError> {
-        Ok(self.write_registers(vcpu, regs)?)
+        self.write_registers(vcpu, regs).map_err(of_kvm)
     }
 }
 
 impl<M: GuestMemoryBackend> Hooks for KvmMachine<M> {
     fn arm(&mut self, hooks: &[Hook]) -> Result<(), MachineError> {
-        self.must_stand("arming hooks")?;
-        if hooks.len() > DEBUG_REGISTERS {
-            return Err(Error::TooManyHooks(hooks.len()).into());
-        }
-        self.shared.lock().set_hooks(hooks);
-        let placed = self.program_all();
-        if placed.is_err() {
-            self.shared.lock().set_hooks(&[]);
-            // Those that took the hooks give them up; a vCPU that fails again has none anyway.
-            let _ = self.program_all();
-        }
-        Ok(placed?)
+        self.place(hooks).map_err(of_kvm)
     }
 
     /// Also while the guest runs, where it takes effect within a few microseconds.
     fn disarm(&mut self) -> Result<(), MachineError> {
-        let mut state = self.shared.lock();
-        state.set_hooks(&[]);
-        self.shared.refresh_running(&state);
-        drop(state);
-        Ok(self.program_all()?)
+        self.take_hooks_off().map_err(of_kvm)
     }
 }
 
@@ -81,18 +66,13 @@ impl<M: GuestMemoryBackend> Call for KvmMachine<M> {
         end: GuestVirt,
         limit: Duration,
     ) -> Result<CallOutcome, MachineError> {
-        self.must_stand("calling into the guest")?;
-        self.write_registers(vcpu, regs)?;
-        let ending = self.call(vcpu, end, limit);
-        // Whatever came of it: the guest stands, and the call's end is no breakpoint any more.
-        self.shared.lock().call = None;
-        let unarmed = self.shared.ask(vcpu, Job::Program).map(drop);
-        let ending = ending?;
-        unarmed?;
+        let ending = self.call(vcpu, regs, end, limit).map_err(of_kvm)?;
         match ending {
-            Some(CallEnding::Reached) => Ok(CallOutcome::Reached(self.read_registers(vcpu)?)),
+            Some(CallEnding::Reached) => {
+                Ok(CallOutcome::Reached(self.read_registers(vcpu).map_err(of_kvm)?))
+            }
             Some(CallEnding::Crashed(hook)) => Ok(CallOutcome::Crashed(hook)),
-            Some(CallEnding::Died(reason)) => Err(Error::CallCut(reason).into()),
+            Some(CallEnding::Died(reason)) => Err(of_kvm(Error::CallCut(reason))),
             None => Err(MachineError::Timeout { what: "a call into the guest", after: limit }),
         }
     }
@@ -123,18 +103,34 @@ impl<M: GuestMemoryBackend> KvmMachine<M> {
         Ok(())
     }
 
-    /// Every vCPU that stands takes over its breakpoints; tried for all of them.
+    fn place(&self, hooks: &[Hook]) -> Result<(), Error> {
+        self.must_stand("arming hooks")?;
+        if hooks.len() > DEBUG_REGISTERS {
+            return Err(Error::TooManyHooks(hooks.len()));
+        }
+        self.shared.lock().set_hooks(hooks);
+        let placed = self.program_all();
+        if placed.is_err() {
+            // Those that took the hooks give them up; a vCPU that fails again has none anyway.
+            let _ = self.take_hooks_off();
+        }
+        placed
+    }
+
+    pub(super) fn take_hooks_off(&self) -> Result<(), Error> {
+        let mut state = self.shared.lock();
+        state.set_hooks(&[]);
+        self.shared.refresh_running(&state);
+        drop(state);
+        self.program_all()
+    }
+
+    /// Every vCPU that stands takes over its breakpoints; tried for all of them. One that is about to run does so by
+    /// itself, and only the guard's thread lets one run: what is held here stays parked.
     fn program_all(&self) -> Result<(), Error> {
-        let stands = |state: &State, vcpu: Vcpu| {
-            state.slots.get(vcpu.0).is_some_and(|slot| slot.place == Place::Parked)
-        };
         let mut done = Ok(());
         for vcpu in (0..self.shared.vcpu_count()).map(Vcpu) {
-            let parked = {
-                let state = self.shared.lock();
-                stands(&state, vcpu) && !state.is_over()
-            };
-            if parked {
+            if self.shared.lock().holds(vcpu) {
                 done = done.and(self.shared.ask(vcpu, Job::Program).map(drop));
             }
         }
@@ -200,9 +196,28 @@ impl<M: GuestMemoryBackend> KvmMachine<M> {
         Ok(Some(stop))
     }
 
-    /// Lets the guest run for a call; `None` when the time is over. It stands afterwards.
+    /// A call; `None` when the time is over. Whatever comes of it, the guest stands, and the call's end is no breakpoint
+    /// any more.
     fn call(
-        &mut self,
+        &self,
+        vcpu: Vcpu,
+        regs: &Registers,
+        end: GuestVirt,
+        limit: Duration,
+    ) -> Result<Option<CallEnding>, Error> {
+        self.must_stand("calling into the guest")?;
+        self.write_registers(vcpu, regs)?;
+        let ending = self.run_call(vcpu, end, limit);
+        self.shared.lock().call = None;
+        let unset = self.shared.ask(vcpu, Job::Program);
+        let ending = ending?;
+        unset?;
+        Ok(ending)
+    }
+
+    /// Lets the guest run until the call is over one way or another, and stops it.
+    fn run_call(
+        &self,
         vcpu: Vcpu,
         end: GuestVirt,
         limit: Duration,

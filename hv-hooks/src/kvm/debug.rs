@@ -116,7 +116,9 @@ impl Program {
         vcpu.set_guest_debug(&debug).map_err(Error::kvm("KVM_SET_GUEST_DEBUG"))
     }
 
-    /// Gives a #DB back to the guest, with what DR6 tells of it, as the processor would have delivered it.
+    /// Gives a #DB back to the guest, with what DR6 tells of it, as the processor would have delivered it. Another
+    /// exception that is to be delivered goes first, and the #DB is lost; the instruction that caused it is executed
+    /// once either way.
     pub(super) fn give_back(
         &self,
         vcpu: &VcpuFd,
@@ -126,7 +128,10 @@ impl Program {
         let mut registers = vcpu.get_debug_regs().map_err(Error::kvm("KVM_GET_DEBUGREGS"))?;
         registers.dr6 = (registers.dr6 & !DR6_BREAKPOINTS) | (arch.dr6 & DR6_REPORTED);
         vcpu.set_debug_regs(&registers).map_err(Error::kvm("KVM_SET_DEBUGREGS"))?;
-        self.set(vcpu, block_interrupts, KVM_GUESTDBG_INJECT_DB | KVM_GUESTDBG_ENABLE)
+        match self.set(vcpu, block_interrupts, KVM_GUESTDBG_INJECT_DB | KVM_GUESTDBG_ENABLE) {
+            Err(Error::Kvm { errno, .. }) if errno.errno() == libc::EBUSY => Ok(()),
+            other => other,
+        }
     }
 }
 

@@ -26,8 +26,8 @@ pub struct RamSlot {
 pub struct GuestRam<M: GuestMemoryBackend> {
     vm: Arc<VmFd>,
     slots: Vec<(RamSlot, kvm_userspace_memory_region)>,
-    /// Behind a pointer of its own: it must not move while KVM has it. `None` only while dropping.
-    memory: Option<Box<M>>,
+    /// Behind a pointer of its own: it must not move while KVM has it.
+    memory: Arc<M>,
 }
 
 impl<M: GuestMemoryBackend> GuestRam<M> {
@@ -40,8 +40,8 @@ impl<M: GuestMemoryBackend> GuestRam<M> {
         if regions > slots.len() {
             return Err(Error::TooFewSlots { regions, slots: slots.len() });
         }
-        let mut ram = Self { vm, slots: Vec::with_capacity(regions), memory: None };
-        let memory = ram.memory.insert(Box::new(memory));
+        let memory = Arc::new(memory);
+        let mut ram = Self { vm, slots: Vec::new(), memory: Arc::clone(&memory) };
         for (number, region) in slots.zip(memory.iter()) {
             let host = region
                 .as_volatile_slice()
@@ -62,15 +62,9 @@ impl<M: GuestMemoryBackend> GuestRam<M> {
     }
 
     /// The memory.
-    ///
-    /// # Panics
-    /// Never: it is there until this is dropped.
     #[must_use]
     pub fn memory(&self) -> &M {
-        match &self.memory {
-            Some(memory) => memory,
-            None => unreachable!("memory is taken out in drop only"),
-        }
+        &self.memory
     }
 
     /// The memslots, in the order of the regions.
@@ -108,8 +102,8 @@ impl<M: GuestMemoryBackend> GuestRam<M> {
             done = done.and(set(&self.vm, gone));
         }
         if done.is_err() {
-            // KVM may still have it.
-            std::mem::forget(self.memory.take());
+            // KVM may still have it: one owner too many keeps it for ever.
+            std::mem::forget(Arc::clone(&self.memory));
         }
         done
     }

@@ -44,7 +44,7 @@ impl Mapping {
     fn word(&self, offset: usize, size: usize) -> Option<*mut u8> {
         let inside = offset.checked_add(size).is_some_and(|end| end <= self.len);
         // SAFETY: offset <= len, so the result stays inside the mapping.
-        (inside && offset % size == 0).then(|| unsafe { self.start.add(offset) })
+        (inside && offset.is_multiple_of(size)).then(|| unsafe { self.start.add(offset) })
     }
 
     /// The byte at `offset`.

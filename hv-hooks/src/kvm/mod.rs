@@ -126,6 +126,11 @@ fn address_bits(vcpu: &VcpuFd) -> u8 {
     leaf.map(|eax| eax as u8).filter(|bits| *bits > 0).unwrap_or(DEFAULT_BITS)
 }
 
+/// An error of this backend's machine.
+fn of_kvm(error: Error) -> MachineError {
+    error.of("kvm")
+}
+
 /// A VM of the process that this is part of. All methods are called from one thread, the guard's.
 ///
 /// Detaches when it is dropped: hooks and fresh memory are removed, and the vCPUs run.
@@ -158,10 +163,7 @@ impl<M: GuestMemoryBackend> KvmMachine<M> {
         }
         // A vCPU that does not come now takes its hooks off by itself when it does.
         let stopped = self.halt();
-        let disarmed = Hooks::disarm(self).map_err(|error| match error {
-            MachineError::Gone => Error::Ended,
-            _ => Error::Parts("a vCPU did not give up its breakpoints"),
-        });
+        let disarmed = self.take_hooks_off();
         let removed = self.ram.remove_all();
         self.shared.abandon();
         match stopped.and(disarmed).and(removed) {
@@ -188,7 +190,7 @@ impl<M: GuestMemoryBackend> Machine for KvmMachine<M> {
     }
 
     fn registers(&mut self, vcpu: Vcpu) -> Result<Registers, MachineError> {
-        Ok(self.read_registers(vcpu)?)
+        self.read_registers(vcpu).map_err(of_kvm)
     }
 
     fn control(&mut self) -> Option<&mut dyn Control> {
@@ -225,12 +227,12 @@ impl<M: GuestMemoryBackend> WriteMemory for KvmMachine<M> {
 
 impl<M: GuestMemoryBackend> FreshMemory for KvmMachine<M> {
     fn add(&mut self, size: u64) -> Result<FreshRegion, MachineError> {
-        self.must_stand("adding fresh memory")?;
-        Ok(self.fresh.add(&mut self.ram, size)?)
+        self.must_stand("adding fresh memory").map_err(of_kvm)?;
+        self.fresh.add(&mut self.ram, size).map_err(of_kvm)
     }
 
     fn remove(&mut self, region: FreshRegion) -> Result<(), MachineError> {
-        self.must_stand("removing fresh memory")?;
-        Ok(self.ram.remove(region)?)
+        self.must_stand("removing fresh memory").map_err(of_kvm)?;
+        self.ram.remove(region).map_err(of_kvm)
     }
 }

@@ -121,12 +121,12 @@ impl<M: GuestMemoryBackend> PhysMemory for Ram<M> {
 /// Copies out. Aligned words are read in one go, so that a page-table entry is never half old.
 fn read(memory: &impl GuestMemoryBackend, from: GuestAddress, into: &mut [u8]) -> Option<()> {
     match into.len() {
-        8 if from.0 % 8 == 0 => {
+        8 if from.0.is_multiple_of(8) => {
             let word: u64 = memory.load(from, Ordering::Relaxed).ok()?;
             into.copy_from_slice(&word.to_ne_bytes());
             Some(())
         }
-        4 if from.0 % 4 == 0 => {
+        4 if from.0.is_multiple_of(4) => {
             let word: u32 = memory.load(from, Ordering::Relaxed).ok()?;
             into.copy_from_slice(&word.to_ne_bytes());
             Some(())
@@ -138,10 +138,10 @@ fn read(memory: &impl GuestMemoryBackend, from: GuestAddress, into: &mut [u8]) -
 /// Copies in, with the same rule for words.
 fn write(memory: &impl GuestMemoryBackend, to: GuestAddress, bytes: &[u8]) -> Option<()> {
     match *bytes {
-        [a, b, c, d, e, f, g, h] if to.0 % 8 == 0 => {
+        [a, b, c, d, e, f, g, h] if to.0.is_multiple_of(8) => {
             memory.store(u64::from_ne_bytes([a, b, c, d, e, f, g, h]), to, Ordering::Relaxed).ok()
         }
-        [a, b, c, d] if to.0 % 4 == 0 => {
+        [a, b, c, d] if to.0.is_multiple_of(4) => {
             memory.store(u32::from_ne_bytes([a, b, c, d]), to, Ordering::Relaxed).ok()
         }
         _ => memory.write_slice(bytes, to).ok(),

@@ -154,6 +154,12 @@ impl State {
         self.ended || !self.guarded
     }
 
+    /// Whether a vCPU stands, and will until the guard lets it run.
+    pub(super) fn holds(&self, vcpu: Vcpu) -> bool {
+        let parked = |slot: &Slot| slot.place == Place::Parked && !slot.may_run;
+        !self.is_over() && self.slots.get(vcpu.0).is_some_and(parked)
+    }
+
     /// The breakpoints that a vCPU is to have.
     pub(super) fn program(&self, vcpu: Vcpu) -> Program {
         if self.is_over() {

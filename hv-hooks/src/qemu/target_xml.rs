@@ -28,15 +28,8 @@ pub struct RegisterFile {
 }
 
 /// Registers that no stub of QEMU's describes: they stay unknown.
-const NEVER_TOLD: [Reg; 7] = [
-    Reg::Lstar,
-    Reg::Star,
-    Reg::Cstar,
-    Reg::Fmask,
-    Reg::IdtBase,
-    Reg::GdtBase,
-    Reg::TrBase,
-];
+const NEVER_TOLD: [Reg; 7] =
+    [Reg::Lstar, Reg::Star, Reg::Cstar, Reg::Fmask, Reg::IdtBase, Reg::GdtBase, Reg::TrBase];
 
 /// gdb's name of a register, where it is not the one used here.
 fn gdb_name(reg: Reg) -> &'static str {

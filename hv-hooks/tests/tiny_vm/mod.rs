@@ -49,7 +49,7 @@ global_asm!(
     "popcount: popcnt rax, rax; jmp spin",
     "panicking: mov al, 1; out 0x30, al; jmp spin",
     // The VMM's handler does not come back for a while.
-    "blocking: out 0x20, al; jmp spin",
+    "blocking: out 0x12, al; jmp spin",
     // Writes to 16 pages from 2 MiB on, one in two; then spins.
     "dirtying: mov rdi, 0x200000; mov ecx, 16",
     "2: mov [rdi], rcx; add rdi, 0x2000; dec ecx; jnz 2b; jmp spin",
@@ -92,8 +92,12 @@ pub struct Host {
     pub ending: AtomicBool,
     /// I/O exits.
     pub talks: AtomicU64,
-    /// While set, I/O to port 0x20 does not come back.
+    /// While set, I/O to port 0x12 does not come back.
     pub block: AtomicBool,
+    /// A vCPU is there.
+    pub blocked: AtomicBool,
+    /// The thread of vCPU 1 is to end, as one that panicked.
+    pub vanish: AtomicBool,
     /// Events that were left to the VMM, but for interrupts.
     pub yours: Mutex<Vec<(usize, String)>>,
     /// Errors of `take`.
@@ -237,7 +241,7 @@ fn fill(memory: &GuestMemoryMmap) {
     for (gib, table) in [(0, 0x3000), (4, 0x4000)] {
         entry(0x2000 + gib * 8, table | 3);
         for index in 0..512 {
-            entry(table + index * 8, (gib << 30) + (index << 21) | 0x83);
+            entry(table + index * 8, ((gib << 30) + (index << 21)) | 0x83);
         }
     }
     let len = (&raw const guest_code_end).addr() - (&raw const guest_code).addr();
@@ -286,6 +290,9 @@ fn vcpu_loop(index: usize, mut vcpu: VcpuFd, mut port: Option<VcpuPort>, host: &
         port.enter();
     }
     while !host.ending.load(Ordering::Acquire) {
+        if index == 1 && host.vanish.load(Ordering::Acquire) {
+            return;
+        }
         let outcome = vcpu.run();
         host.exits.fetch_add(1, Ordering::Relaxed);
         if let Some(event) = VcpuEvent::of(&outcome) {
@@ -310,8 +317,8 @@ fn vcpu_loop(index: usize, mut vcpu: VcpuFd, mut port: Option<VcpuPort>, host: &
             Ok(VcpuExit::IoOut(0x10, _)) => {
                 host.talks.fetch_add(1, Ordering::Relaxed);
             }
-            Ok(VcpuExit::IoOut(0x20, _)) => {
-                host.talks.fetch_add(1, Ordering::Relaxed);
+            Ok(VcpuExit::IoOut(0x12, _)) => {
+                host.blocked.store(true, Ordering::Release);
                 while host.block.load(Ordering::Acquire) {
                     std::thread::sleep(Duration::from_millis(1));
                 }
