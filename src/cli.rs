@@ -187,10 +187,32 @@ pub enum CorpusAction {
         /// Kernel of the guest.
         #[arg(long, default_value = "6.1")]
         kernel: String,
+        /// What the guests run on.
+        #[arg(long, value_enum, default_value_t = On::Auto)]
+        on: On,
+        /// The minimal VMM's program, for `--on vmm`; else it is looked for beside this one.
+        #[arg(long, value_name = "FILE")]
+        vmm: Option<PathBuf>,
+        /// Number of vCPUs.
+        #[arg(long, default_value_t = 2)]
+        vcpus: u32,
         /// One JSON object per case on stdout.
         #[arg(long)]
         json: bool,
     },
+}
+
+/// What the corpus' guests run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum On {
+    /// QEMU with hardware KVM where there is one, else with TCG.
+    Auto,
+    /// QEMU, translating.
+    Tcg,
+    /// QEMU on hardware KVM.
+    Kvm,
+    /// The minimal VMM on hardware KVM, with the guard in its process.
+    Vmm,
 }
 
 /// Arguments of `defib demo`.

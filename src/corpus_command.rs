@@ -5,14 +5,15 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use corpus::campaign::{self, Outcome as CaseOutcome, Verdict};
+use corpus::campaign::{self, Outcome as CaseOutcome, Stand, Verdict};
 use corpus::guarded::GuardConfig;
-use corpus::lab::{Kernel, Snapshot, VmConfig};
+use corpus::lab::{Accelerator, Kernel, Snapshot, VmConfig, VmmConfig};
 use corpus::scenario::{CASES, Case, case};
+use hv_hooks::kvm::HostKind;
 use serde_json::json;
 
 use crate::Outcome;
-use crate::cli::{CorpusAction, CorpusArguments};
+use crate::cli::{CorpusAction, CorpusArguments, On};
 
 /// Runs `defib corpus`.
 ///
@@ -21,7 +22,11 @@ use crate::cli::{CorpusAction, CorpusArguments};
 pub fn run(arguments: &CorpusArguments) -> Result<Outcome> {
     match &arguments.action {
         CorpusAction::List => list(),
-        CorpusAction::Run { cases, kernel, json } => campaign(cases, kernel, *json),
+        CorpusAction::Run { cases, kernel, on, vmm, vcpus, json } => {
+            let kernel = Kernel::find(kernel)?;
+            let stand = stand(&kernel, *on, vmm.as_deref(), *vcpus)?;
+            campaign(cases, &kernel, &stand, *json)
+        }
     }
 }
 
@@ -51,15 +56,44 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Case>> {
         .collect()
 }
 
-fn campaign(names: &[String], kernel: &str, json: bool) -> Result<Outcome> {
+/// Where guests run on this host; says so in one line.
+fn stand(kernel: &Kernel, on: On, vmm: Option<&Path>, vcpus: u32) -> Result<Stand> {
+    let kind = HostKind::detect();
+    let hardware = matches!(kind, HostKind::Hardware { .. });
+    let (on, words) = match on {
+        On::Auto if hardware => (On::Kvm, "QEMU on KVM"),
+        On::Auto | On::Tcg => (On::Tcg, "QEMU with TCG"),
+        On::Kvm => (On::Kvm, "QEMU on KVM"),
+        On::Vmm => (On::Vmm, "the minimal VMM"),
+    };
+    eprintln!("{kind}; guests run in {words}");
+    anyhow::ensure!(hardware || on == On::Tcg, "stock kernels need hardware KVM there: {kind}");
+    if on == On::Vmm {
+        let program = match vmm {
+            Some(program) => program.to_owned(),
+            None => std::env::current_exe().context("own program")?.with_file_name("minimal-vmm"),
+        };
+        let kernel = kernel.clone();
+        return Ok(Stand::MinimalVmm(VmmConfig { program, kernel, memory_mib: 256, vcpus }));
+    }
+    let mut config = VmConfig { vcpus, ..VmConfig::new(kernel.clone()) };
+    if on == On::Kvm {
+        config.accelerator = Accelerator::Kvm;
+    }
+    Ok(Stand::Qemu(Snapshot::cached(&config)?))
+}
+
+fn campaign(names: &[String], kernel: &Kernel, stand: &Stand, json: bool) -> Result<Outcome> {
     let cases = chosen(names)?;
-    let kernel = Kernel::find(kernel)?;
     let root = tempfile::tempdir().context("folder for incidents")?;
-    let guard = guard_config(&kernel, root.path())?;
-    let snapshot = Snapshot::cached(&VmConfig::new(kernel))?;
+    let guard = guard_config(kernel, root.path())?;
     let mut verdicts = Vec::new();
     for case in cases {
-        let verdict = campaign::run(case, &snapshot, &guard);
+        if !stand.can_run(case) {
+            eprintln!("{}: skipped, the VMM lacks its driver's device", case.name);
+            continue;
+        }
+        let verdict = campaign::run(case, stand, &guard);
         let verdict = verdict.with_context(|| format!("case {}", case.name))?;
         print(&verdict, json)?;
         verdicts.push(verdict);

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use corpus::campaign::{self, Outcome};
+use corpus::campaign::{self, Outcome, Stand};
 use corpus::guarded::GuardConfig;
 use corpus::lab::{Kernel, Snapshot, VmConfig};
 use corpus::scenario::{CASES, Case};
@@ -45,7 +45,8 @@ impl Bench {
             let arguments = vec!["--cache".into(), self.incidents.display().to_string()];
             GuardConfig { program: program.into(), incidents, arguments }
         };
-        let verdict = campaign::run(case, &Snapshot::cached(&VmConfig::new(kernel))?, &guard)?;
+        let stand = Stand::Qemu(Snapshot::cached(&VmConfig::new(kernel))?);
+        let verdict = campaign::run(case, &stand, &guard)?;
         match verdict.outcome {
             Outcome::Saved => {}
             Outcome::Refused(reason) => return Err(format!("refused: {reason}").into()),

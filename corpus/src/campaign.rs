@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::guarded::{Guard, GuardConfig};
-use crate::lab::Snapshot;
+use crate::lab::{Agent, Snapshot, Vm, VmmConfig, VmmGuest};
 use crate::scenario::{Blame, Case, Class, Resource};
 use names::text;
 
@@ -19,6 +19,9 @@ const ATTACH_LIMIT: Duration = Duration::from_secs(120);
 const CRASH_LIMIT: Duration = Duration::from_secs(40);
 /// How long the crashing process is waited for, in milliseconds, in the guest.
 const PROCESS_LIMIT: u64 = 20_000;
+
+/// The driver of a device that only QEMU emulates.
+const EDU_DRIVER: &str = "crash_irq";
 
 /// What came of a case.
 #[derive(Clone, Debug)]
@@ -56,16 +59,103 @@ impl Verdict {
     }
 }
 
-/// Runs one case in a guest of its own, restored from `snapshot`.
+/// Where a case's guest runs.
+#[derive(Clone, Debug)]
+pub enum Stand {
+    /// In a QEMU that goes on from this snapshot, with `defib guard` beside it.
+    Qemu(Snapshot),
+    /// In the minimal VMM, booted, with the guard in its process.
+    MinimalVmm(VmmConfig),
+}
+
+impl Stand {
+    /// Whether it has what the case's driver drives.
+    #[must_use]
+    pub fn can_run(&self, case: &Case) -> bool {
+        matches!(self, Self::Qemu(_)) || case.driver != EDU_DRIVER
+    }
+
+    /// A guest under guard, with the workload running and the case's driver loaded.
+    fn start(&self, case: &Case, config: &GuardConfig) -> Result<(Guest, Guard)> {
+        match self {
+            Self::Qemu(snapshot) => {
+                let mut vm = snapshot.restore()?;
+                prepare(vm.agent(), case)?;
+                let mut guard = Guard::start(config, &vm.qmp())?;
+                guard.await_event("armed", ATTACH_LIMIT)?;
+                Ok((Guest::Qemu(Box::new(vm)), guard))
+            }
+            Self::MinimalVmm(vmm) => {
+                let (mut guest, mut guard) = Guard::start_in_vmm(config, vmm)?;
+                guard.await_event("armed", ATTACH_LIMIT)?;
+                // What the kernel did not like about its processor is not the case's.
+                guest.agent().command("exec dmesg -c >/dev/null")?;
+                prepare(guest.agent(), case)?;
+                await_driver(&mut guard, case)?;
+                Ok((Guest::MinimalVmm(guest), guard))
+            }
+        }
+    }
+}
+
+/// Waits until the guard has read the driver's file: before, a diagnosis has no lines for it.
+fn await_driver(guard: &mut Guard, case: &Case) -> Result<()> {
+    loop {
+        let event = guard.await_event("modules", ATTACH_LIMIT)?;
+        let known = event.get("with_lines").and_then(Value::as_array);
+        let mut known = known.into_iter().flatten().filter_map(Value::as_str);
+        if known.any(|module| module == case.driver) {
+            return Ok(());
+        }
+    }
+}
+
+fn prepare(agent: &mut Agent, case: &Case) -> Result<()> {
+    agent.command("workload start")?;
+    agent.command(&case.load_command()).map(drop)
+}
+
+/// A guest that runs.
+enum Guest {
+    Qemu(Box<Vm>),
+    MinimalVmm(VmmGuest),
+}
+
+impl Guest {
+    fn agent(&mut self) -> &mut Agent {
+        match self {
+            Self::Qemu(vm) => vm.agent(),
+            Self::MinimalVmm(guest) => guest.agent(),
+        }
+    }
+
+    /// Ends guest and guard in order; says what was not as it must be.
+    fn finish(mut self, mut guard: Guard) -> Result<Vec<String>> {
+        let mut wrong = Vec::new();
+        let stopped = self.agent().command("workload stop");
+        wrong.extend(stopped.err().map(|error| format!("workload: {error}")));
+        // A guard beside the guest leaves before it; one inside ends with it.
+        let (status, checked) = match self {
+            Self::Qemu(vm) => (guard.detach()?, vm.finish_and_check_disk()),
+            Self::MinimalVmm(guest) => {
+                let checked = guest.finish_and_check_disk(guard.process());
+                (guard.detach()?, checked)
+            }
+        };
+        wrong.extend(checked.err().map(|error| format!("disk: {error}")));
+        if !status.success() {
+            wrong.push(format!("the guard ended with {status}"));
+        }
+        Ok(wrong)
+    }
+}
+
+/// Runs one case in a guest of its own.
 ///
 /// # Errors
 /// When the lab or the guard fails; what the guest does is in the verdict.
-pub fn run(case: &'static Case, snapshot: &Snapshot, guard: &GuardConfig) -> Result<Verdict> {
-    let mut vm = snapshot.restore()?;
-    vm.agent().command("workload start")?;
-    vm.agent().command(&case.load_command())?;
-    let mut guard = Guard::start(guard, &vm.qmp())?;
-    guard.await_event("armed", ATTACH_LIMIT)?;
+pub fn run(case: &'static Case, stand: &Stand, guard: &GuardConfig) -> Result<Verdict> {
+    let (mut vm, mut guard) = stand.start(case, guard)?;
     let answer = vm.agent().command_within(&case.crash_command(PROCESS_LIMIT), CRASH_LIMIT);
     let diagnosis = guard.await_event("diagnosis", CRASH_LIMIT)?;
     let plan = guard.await_event("plan", CRASH_LIMIT)?;
@@ -90,15 +180,8 @@ pub fn run(case: &'static Case, snapshot: &Snapshot, guard: &GuardConfig) -> Res
     if wrong.is_empty() {
         wrong.extend(aftermath(case, vm.agent()));
     }
-    let status = guard.detach()?;
-    if !status.success() {
-        wrong.push(format!("the guard ended with {status}"));
-    }
     if wrong.is_empty() {
-        wrong.extend(
-            vm.agent().command("workload stop").err().map(|error| format!("workload: {error}")),
-        );
-        wrong.extend(vm.finish_and_check_disk().err().map(|error| format!("disk: {error}")));
+        wrong.extend(vm.finish(guard)?);
     }
     if !wrong.is_empty() {
         verdict.outcome = Outcome::Wrong(wrong);

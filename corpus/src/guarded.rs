@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::lab::{Kernel, drivers};
+use crate::lab::{Kernel, VmmConfig, VmmGuest, drivers};
 use crate::{Error, Result};
 
 /// How long a guard may take to detach after SIGTERM.
@@ -70,7 +70,7 @@ impl Guard {
         std::fs::create_dir_all(incidents).map_err(Error::file("cannot make", incidents))?;
         let stderr = incidents.join("guard.log");
         let log = std::fs::File::create(&stderr).map_err(Error::file("cannot write", &stderr))?;
-        let mut child = Command::new(&config.program)
+        let child = Command::new(&config.program)
             .arg("guard")
             .arg("--json")
             .arg("--qmp")
@@ -83,6 +83,26 @@ impl Guard {
             .stderr(log)
             .spawn()
             .map_err(Error::file("cannot start", &config.program))?;
+        Ok(Self::of(child, stderr))
+    }
+
+    /// Boots a guest in the minimal VMM, whose guard is in its own process. Its messages go to `guard.log` in the
+    /// incidents' folder.
+    ///
+    /// # Errors
+    /// As [`VmmGuest::boot`].
+    pub fn start_in_vmm(config: &GuardConfig, vmm: &VmmConfig) -> Result<(VmmGuest, Self)> {
+        let incidents = &config.incidents;
+        std::fs::create_dir_all(incidents).map_err(Error::file("cannot make", incidents))?;
+        let stderr = incidents.join("guard.log");
+        let mut arguments = vec!["--incidents".to_owned(), incidents.display().to_string()];
+        arguments.extend(config.arguments.iter().cloned());
+        let (guest, child) = VmmGuest::boot(vmm, &arguments, &stderr)?;
+        Ok((guest, Self::of(child, stderr)))
+    }
+
+    /// Reads the events of a process that prints them on its stdout.
+    fn of(mut child: Child, stderr: PathBuf) -> Self {
         let (sender, events) = channel();
         if let Some(stdout) = child.stdout.take() {
             thread::spawn(move || {
@@ -94,7 +114,12 @@ impl Guard {
                 }
             });
         }
-        Ok(Self { child, events, stderr })
+        Self { child, events, stderr }
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut Child {
+        &mut self.child
     }
 
     /// The next event of that name; events before it are dropped.
@@ -149,6 +174,10 @@ impl Guard {
     }
 
     fn end(&mut self) -> Result<ExitStatus> {
+        // One that has ended may have given its number to another process.
+        if let Ok(Some(status)) = self.child.try_wait() {
+            return Ok(status);
+        }
         let pid = rustix::process::Pid::from_child(&self.child);
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         let until = Instant::now() + DETACH_LIMIT;

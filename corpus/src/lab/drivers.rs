@@ -9,6 +9,7 @@ use std::process::Command;
 use super::build;
 use super::cache;
 use super::kernel::Kernel;
+use super::kit;
 use crate::Error;
 use crate::Result;
 
@@ -65,6 +66,9 @@ pub fn driver_source(file: &str) -> Option<&'static str> {
 /// # Errors
 /// [`Error::Program`] with the compiler's messages; [`Error::File`] for the cache.
 pub fn drivers(kernel: &Kernel) -> Result<Vec<DriverModule>> {
+    if let Some(folder) = kit::driver_folder() {
+        return Ok(in_folder(&folder));
+    }
     let mut key = cache::Key::default().add("drivers 1").add(kernel.release());
     for source in SOURCES {
         key = key.add(source.file).add(source.text);
@@ -72,13 +76,17 @@ pub fn drivers(kernel: &Kernel) -> Result<Vec<DriverModule>> {
     key = key.add_stat(&kernel.headers().join("Module.symvers"))?;
     let name = format!("{}-{}", kernel.release(), key.name());
     let folder = cache::folder("drivers", &name, |dir| make(kernel, dir))?;
-    Ok(names()
+    Ok(in_folder(&folder))
+}
+
+fn in_folder(folder: &Path) -> Vec<DriverModule> {
+    names()
         .map(|name| DriverModule {
             name: name.to_owned(),
             with_debug: folder.join(format!("{name}.ko")),
             stripped: folder.join("stripped").join(format!("{name}.ko")),
         })
-        .collect())
+        .collect()
 }
 
 fn make(kernel: &Kernel, dir: &Path) -> Result<()> {

@@ -10,6 +10,7 @@ use super::build;
 use super::cache;
 use super::drivers;
 use super::kernel::Kernel;
+use super::kit;
 use crate::Error;
 use crate::Result;
 
@@ -30,6 +31,7 @@ const WORKLOAD: &[&str] = &["workload.c"];
 const MODULE_ORDER: &[&str] = &[
     "virtio_ring",
     "virtio",
+    "virtio_mmio",
     "virtio_pci_modern_dev",
     "virtio_pci_legacy_dev",
     "virtio_pci",
@@ -101,6 +103,9 @@ const APPLETS: &[&str] = &[
 
 /// The boot image for a kernel, made if the cache has none of this content.
 pub(crate) fn path(kernel: &Kernel) -> Result<PathBuf> {
+    if let Some(path) = kit::initramfs() {
+        return Ok(path);
+    }
     let mut key = cache::Key::default().add("initramfs 1").add(INIT).add(kernel.release());
     for (name, text) in SOURCES {
         key = key.add(name).add(text);

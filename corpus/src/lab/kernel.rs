@@ -6,6 +6,7 @@ use std::path::Path;
 use std::path::PathBuf;
 
 use super::cache;
+use super::kit;
 use crate::Error;
 use crate::Result;
 
@@ -22,7 +23,7 @@ impl Kernel {
     /// # Errors
     /// [`Error::NoKernel`] when `scripts/setup` has not put one there.
     pub fn find(series: &str) -> Result<Self> {
-        let kernels = cache::root().join("kernels");
+        let kernels = kit::in_use().unwrap_or_else(cache::root).join("kernels");
         let stamp = kernels.join(format!("{series}.stamp"));
         let none = || Error::NoKernel { series: series.to_owned(), cache: kernels.clone() };
         let text = fs::read_to_string(stamp).map_err(|_| none())?;

@@ -49,7 +49,7 @@ const CHUNK: usize = 4000;
 pub struct Given {
     /// Its name in the folder in which commands run.
     pub name: String,
-    /// The file here. A program (by its permissions) comes with the libraries that it is linked to.
+    /// The file or folder here. A program (by its permissions) comes with the libraries that it is linked to.
     pub path: PathBuf,
 }
 
@@ -186,6 +186,9 @@ fn pack(kernel: &Kernel, given: &[Given], dir: &Path) -> Result<PathBuf> {
     }
     for file in given {
         stage(&file.path, &staged.join(&file.name))?;
+        if file.path.is_dir() {
+            continue;
+        }
         for library in libraries(&file.path)? {
             let name = library.file_name().unwrap_or_default();
             stage(&library, &staged.join("lib").join(name))?;
@@ -208,6 +211,13 @@ fn pack(kernel: &Kernel, given: &[Given], dir: &Path) -> Result<PathBuf> {
 /// another file system.
 fn stage(from: &Path, to: &Path) -> Result<()> {
     if to.exists() {
+        return Ok(());
+    }
+    if from.is_dir() {
+        fs::create_dir(to).map_err(Error::file("create", to))?;
+        for entry in fs::read_dir(from).map_err(Error::file("read", from))?.flatten() {
+            stage(&entry.path(), &to.join(entry.file_name()))?;
+        }
         return Ok(());
     }
     // A link's own path is of no use in the host.

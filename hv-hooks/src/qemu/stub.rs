@@ -417,10 +417,8 @@ mod tests {
         let mut stub = Stub::connect(&dir.path().join("gdb"), LIMIT).unwrap();
         assert_eq!((stub.vcpu_count(), stub.running()), (1, false));
         let regs = stub.registers(Vcpu(0)).unwrap();
-        assert_eq!(
-            (regs.get(Reg::Rax), regs.get(Reg::Efer)),
-            (Some(1), Some(Reg::ALL.len() as u64))
-        );
+        let count = Reg::ALL.len() as u64;
+        assert_eq!((regs.get(Reg::Rax), regs.get(Reg::TrBase)), (Some(1), Some(count)));
         stub.set_registers(Vcpu(0), &regs.with(Reg::Rcx, 0x11)).unwrap();
         assert_eq!(stub.registers(Vcpu(0)).unwrap().get(Reg::Rcx), Some(0x11));
         assert!(matches!(stub.registers(Vcpu(1)), Err(Error::NoSuchVcpu(Vcpu(1)))));
