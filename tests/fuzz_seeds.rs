@@ -64,7 +64,7 @@ macro_rules! targets {
 }
 
 targets! {
-    btf crash guest_layer hmp_text instructions kernel_layer kernel_memory module_object notes page_tables
+    btf console crash guest_layer hmp_text instructions kernel_layer kernel_memory module_object notes page_tables
     payload_results policy qmp_line rsp_packets target_xml unwind_tables unwinding vmcore vmcoreinfo
 }
 

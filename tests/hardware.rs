@@ -1,6 +1,6 @@
-//! Stock kernels on hardware KVM: cases of the corpus in the minimal VMM with the guard in its process, by the command
-//! that an operator would use. On a host without hardware KVM, the command runs in a nested lab whose processor
-//! QEMU emulates: slow, but KVM as real guests see it.
+//! Stock kernels on hardware KVM: cases of the corpus in the minimal VMM with the guard in its process, and in QEMU with
+//! a guard beside it, by the command that an operator would use. On a host without hardware KVM, the command runs in a
+//! nested lab whose processor QEMU emulates: slow, but KVM as real guests see it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,8 +11,10 @@ use guard::KnowledgeSources;
 use hv_hooks::kvm::HostKind;
 use libtest_mimic::{Arguments, Failed, Trial};
 
-/// Cases: a lock in task context, a timer on an idle CPU, a process in the core kernel.
-const CASES: &str = "three-locks timer-idle getcwd";
+/// Cases in the minimal VMM: locks in task context, a timer on an idle CPU, a process in the core kernel.
+const IN_VMM: &str = "three-locks timer-idle getcwd";
+/// Cases in QEMU, which has to boot and to save its guest first.
+const IN_QEMU: &str = "three-locks";
 /// For all of them; the nested lab boots a guest in half a minute.
 const LIMIT: Duration = Duration::from_secs(400);
 
@@ -23,23 +25,23 @@ fn vmm() -> Result<PathBuf, Failed> {
     if program.is_file() { Ok(program) } else { Err(format!("not built: {hint}").into()) }
 }
 
-/// What the command prints for a case that went well.
-fn judge(output: &str) -> Result<(), Failed> {
-    println!("{output}");
-    let saved = |case: &str| output.lines().any(|line| line.starts_with(case) && line.contains(" saved "));
-    let lost: Vec<&str> = CASES.split(' ').filter(|case| !saved(case)).collect();
+/// What the command prints when all cases went well.
+fn judge(cases: &str, output: &str) -> Result<(), Failed> {
+    let saved =
+        |case: &str| output.lines().any(|line| line.starts_with(case) && line.contains(" saved "));
+    let lost: Vec<&str> = cases.split(' ').filter(|case| !saved(case)).collect();
     let right = output.contains(" 0 wrong; 0 diagnoses not as expected");
     if lost.is_empty() && right { Ok(()) } else { Err(format!("{lost:?}\n{output}").into()) }
 }
 
-fn here() -> Result<(), Failed> {
+fn here(on: &str, cases: &str) -> Result<(), Failed> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_defib"));
-    command.args(["corpus", "run", "--on", "vmm", "--vmm"]).arg(vmm()?);
-    let output = command.args(CASES.split(' ')).output()?;
-    judge(&String::from_utf8_lossy(&output.stdout))
+    command.args(["corpus", "run", "--on", on, "--vmm"]).arg(vmm()?);
+    let output = command.args(cases.split(' ')).output()?;
+    judge(cases, &String::from_utf8_lossy(&output.stdout))
 }
 
-fn nested() -> Result<(), Failed> {
+fn nested(on: &str, cases: &str) -> Result<(), Failed> {
     let kernel = Kernel::find("6.1")?;
     let cache = tempfile::tempdir()?;
     let sources = KnowledgeSources {
@@ -50,20 +52,27 @@ fn nested() -> Result<(), Failed> {
     let vmlinux = kernel.vmlinux().ok_or("no vmlinux; run scripts/setup")?;
     guard::kernel_layer(&vmlinux, &sources)?;
     let given = |name: &str, path: &Path| Given { name: name.into(), path: path.to_owned() };
-    let files = [
+    let mut files = vec![
         given("kit", &kit(&kernel, &cache.path().join("layers"))?),
         given("defib", Path::new(env!("CARGO_BIN_EXE_defib"))),
         given("minimal-vmm", &vmm()?),
         given("mkfs.ext4", Path::new("/sbin/mkfs.ext4")),
         given("e2fsck", Path::new("/sbin/e2fsck")),
     ];
+    if on == "kvm" {
+        files.push(given("qemu-system-x86_64", Path::new("/usr/bin/qemu-system-x86_64")));
+        files.extend(
+            ["qemu", "seabios"].map(|name| given(name, &Path::new("/usr/share").join(name))),
+        );
+    }
     let mut host = Nested::start(&kernel, &files)?;
-    let place = "for f in mkfs.ext4 e2fsck; do ln -sf /w/$f /sbin/$f; done; mkdir -p /run/t";
-    let run = format!(
-        "{place}; TMPDIR=/run/t DEFIB_LAB_KIT=/w/kit DEFIB_CACHE=/w/kit ./defib corpus run --on vmm {CASES}"
-    );
-    let ended = host.run(&run, LIMIT)?;
-    judge(&ended.output)
+    // QEMU looks for its firmware beside the folder that it lies in.
+    let place = "for f in mkfs.ext4 e2fsck qemu-system-x86_64; do ln -sf /w/$f /sbin/$f; done; \
+                 mkdir -p /run/t /run/c /dev/shm /share; ln -s /w/kit/layers /run/c/layers; \
+                 ln -s /w/qemu /share/qemu; ln -s /w/seabios /share/seabios; export PATH=$PATH:/sbin";
+    let lab = "TMPDIR=/run/t DEFIB_LAB_KIT=/w/kit DEFIB_CACHE=/run/c";
+    let run = format!("{place}; {lab} ./defib corpus run --on {on} {cases}");
+    judge(cases, &host.run(&run, LIMIT)?.output)
 }
 
 fn main() {
@@ -72,11 +81,13 @@ fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     let hardware = matches!(kind, HostKind::Hardware { .. });
-    let trials = vec![
-        Trial::test("stock_kernel_in_the_minimal_vmm", here)
-            .with_kind("hardware")
-            .with_ignored_flag(!hardware),
-        Trial::test("stock_kernel_in_the_minimal_vmm", nested).with_kind("nested"),
-    ];
+    let mut trials = Vec::new();
+    for (on, cases, name) in
+        [("vmm", IN_VMM, "in_the_minimal_vmm"), ("kvm", IN_QEMU, "in_qemu_on_kvm")]
+    {
+        let here = Trial::test(name, move || here(on, cases)).with_kind("hardware");
+        trials.push(here.with_ignored_flag(!hardware));
+        trials.push(Trial::test(name, move || nested(on, cases)).with_kind("nested"));
+    }
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -6,8 +6,10 @@ mod access;
 mod boundary;
 mod class;
 pub mod code;
+pub mod console;
 mod context;
 mod diagnosis;
+pub mod dump;
 pub mod effects;
 mod error;
 mod explain;
@@ -15,6 +17,7 @@ mod expression;
 mod fault;
 mod hung;
 mod kernel;
+pub mod live_core;
 mod message;
 mod names;
 mod offender;
@@ -24,12 +27,13 @@ mod task;
 pub mod tasks;
 #[cfg(test)]
 mod testing;
+pub mod triage;
 pub mod unwind;
-pub mod vmcore;
 mod warm;
 
 use boundary::Scene;
 pub use code::CodeCache;
+pub use dump as vmcore;
 use guest::{Hook, HookKind, PhysMemory, Registers, Vcpu};
 use repair_image::RepairImage;
 

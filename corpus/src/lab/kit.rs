@@ -51,7 +51,8 @@ pub fn kit(kernel: &Kernel, layers: &Path) -> Result<PathBuf> {
     for driver in &built {
         key = key.add_stat(&driver.with_debug)?;
     }
-    let kit = cache::folder("kits", &key.name(), |dir| make(kernel, &vmlinux, &image, &built, dir))?;
+    let kit =
+        cache::folder("kits", &key.name(), |dir| make(kernel, &vmlinux, &image, &built, dir))?;
     // Compiled later than the kit was made, perhaps.
     let into = kit.join("layers");
     fs::create_dir_all(&into).map_err(Error::file("create", &into))?;

@@ -478,7 +478,15 @@ fn connect(child: &mut Child, files: &RunFiles) -> Result<(Qmp, Agent)> {
     loop {
         // QEMU makes the sockets in the order of its arguments, then serves them.
         match Agent::connect(&files.socket("agent.sock")) {
-            Ok(agent) => return Ok((Qmp::connect(&socket)?, agent)),
+            Ok(agent) => match Qmp::connect(&socket) {
+                Ok(control) => return Ok((control, agent)),
+                Err(error) => {
+                    // A QEMU that does not like its arguments says why, and is about to end.
+                    thread::sleep(Duration::from_millis(200));
+                    still_runs(child, files)?;
+                    return Err(error);
+                }
+            },
             Err(error) if Instant::now() > limit => return Err(error),
             Err(_) => still_runs(child, files)?,
         }

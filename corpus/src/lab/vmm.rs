@@ -64,14 +64,10 @@ impl VmmGuest {
         let dir = dir.map_err(Error::file("create a folder in", &std::env::temp_dir()))?;
         disk::create(&dir.path().join("disk.img"), DISK_MIB)?;
         let log = File::create(messages).map_err(Error::file("create", messages))?;
-        let mut child = command(config, dir.path())?
-            .args(guard_arguments)
-            .stderr(log)
-            .spawn()
-            .map_err(|source| Error::Start {
-                program: config.program.display().to_string(),
-                source,
-            })?;
+        let mut child =
+            command(config, dir.path())?.args(guard_arguments).stderr(log).spawn().map_err(
+                |source| Error::Start { program: config.program.display().to_string(), source },
+            )?;
         match connect(&mut child, &dir.path().join("agent.sock"), messages) {
             Ok(agent) => Ok((Self { agent, dir }, child)),
             Err(error) => {

@@ -1,6 +1,6 @@
-//! What must hold of ELF files: a module's object, a vmcore.
+//! What must hold of files: a module's object, a dump of any format.
 
-use diagnose::vmcore::Vmcore;
+use diagnose::dump::{Dump, Hints};
 use guest::{GuestPhys, GuestVirt, LinkAddr, Machine, MemoryError, Vcpu};
 use repair_image::{OrcLayout, Vmcoreinfo, compile};
 
@@ -33,12 +33,14 @@ pub fn module_object(data: &[u8]) {
     }
 }
 
-/// A vmcore: what it says is RAM can be read or was not captured, and no more of it is found than is there.
+/// A dump of any format: what it says is RAM can be read or was not captured, and no more of it is found
+/// than is there. Two copies of a file are no split dump.
 ///
 /// # Panics
 /// When that does not hold.
 pub fn vmcore(data: &[u8]) {
-    let Ok(mut core) = Vmcore::parse(data) else { return };
+    assert!(Dump::parse_parts(vec![data, data], &Hints::default()).is_err() || is_empty_part(data));
+    let Ok(mut core) = Dump::parse(data) else { return };
     let count = core.vcpu_count();
     assert!(count <= data.len() / 12, "a vCPU without a note");
     assert!((0..count).all(|vcpu| core.registers(Vcpu(vcpu)).is_ok()));
@@ -60,9 +62,16 @@ pub fn vmcore(data: &[u8]) {
         }
     }
     let total: u128 = ranges.iter().map(|range| u128::from(range.end.0 - range.start.0)).sum();
+    assert!(core.remarks().iter().all(|remark| !remark.to_string().is_empty()));
+    let _ = core.kernel_space().map(|space| space.walk(GuestVirt(MODULE)));
     // What follows goes through all RAM page by page.
     if total <= 16 << 20 {
         assert!(Vmcoreinfo::find_all(phys).len() <= 64);
         let _ = repair_image::without_files(phys, &[]);
     }
+}
+
+/// Whether a file is a part of a split dump that holds no page: then two of it do not overlap.
+fn is_empty_part(data: &[u8]) -> bool {
+    Dump::parse(data).is_ok_and(|dump| dump.coverage().captured == 0)
 }

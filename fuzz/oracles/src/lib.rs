@@ -2,6 +2,7 @@
 //! given: one function a parser, which panics when it does not. Fuzz targets and `cargo test` call these.
 #![forbid(unsafe_code)]
 
+mod console;
 mod crash;
 mod files;
 mod input;
@@ -14,6 +15,7 @@ pub mod scene;
 mod stub;
 mod tables;
 
+pub use console::console;
 pub use crash::{crash, instructions, unwinding};
 pub use files::{module_object, vmcore};
 pub use layers::{guest_layer, kernel_layer};
@@ -28,8 +30,9 @@ pub use tables::{btf, notes, unwind_tables};
 pub type Oracle = fn(&[u8]);
 
 /// Every oracle by the name of its fuzz target and folder of seeds.
-pub const ORACLES: [(&str, Oracle); 19] = [
+pub const ORACLES: [(&str, Oracle); 20] = [
     ("btf", btf),
+    ("console", console),
     ("crash", crash),
     ("guest_layer", guest_layer),
     ("hmp_text", hmp_text),

@@ -1,6 +1,7 @@
 //! Seeds that are binary: files and memory made by compiling `kernel.c`, tables and dumps laid out by hand.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
@@ -39,6 +40,9 @@ pub(crate) fn add(seeds: &Seeds) -> Outcome<()> {
     notes.extend(note(b"GNU\0", 3, &[0xab; 20]));
     seeds.add("notes", "build_id", &notes)?;
     seeds.add("vmcore", "two_segments", vmcore())?;
+    let kdump = kdump()?;
+    seeds.add("vmcore", "kdump", &kdump)?;
+    seeds.add("vmcore", "flattened", flattened(&kdump))?;
     seeds.add("page_tables", "four_levels", page_tables(false))?;
     seeds.add("page_tables", "five_levels", page_tables(true))?;
     seeds.add("payload_results", "second_call", mailbox()?)
@@ -221,6 +225,62 @@ fn vmcore() -> Vec<u8> {
     file.extend(notes);
     file.extend((0..128).collect::<Vec<u8>>());
     file
+}
+
+/// A kdump-compressed part of a split dump: a page of each compression, one that is stored, one left out.
+fn kdump() -> Outcome<Vec<u8>> {
+    let page: Vec<u8> = b"a page ".iter().copied().cycle().take(4096).collect();
+    let mut zlib = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+    zlib.write_all(&page)?;
+    let pages = [
+        (0u32, vec![0; 4096]),
+        (1, zlib.finish()?),
+        (2, lzokay_native::compress(&page).map_err(|error| format!("lzo: {error:?}"))?),
+        (4, snap::raw::Encoder::new().compress_vec(&page)?),
+        (0x20, zstd::bulk::compress(&page, 1)?),
+    ];
+    let notes = [note(b"CORE\0", 1, &[3; 336]), note(b"QEMU\0", 0, &[4; 440])].concat();
+    let info = b"OSRELEASE=6.1.0\nSYMBOL(swapper_pg_dir)=ffffffff80001000\nNUMBER(phys_base)=0\n";
+    let mut file = b"KDUMP   \x06\0\0\0".to_vec();
+    file.resize(272, 0);
+    file.extend(b"x86_64");
+    file.resize(424, 0);
+    // Status, block size, blocks of the sub header, of both bitmaps, page frames.
+    file.extend([0u32, 4096, 1, 2, 6].iter().flat_map(|word| word.to_le_bytes()));
+    file.resize(4096, 0);
+    let text = 4096 + 104 + notes.len();
+    let head = [0, 31 | 1 << 32, 0, 6, text, info.len(), 4096 + 104, notes.len(), 0, 0, 0, 6, 6];
+    file.extend(head.iter().flat_map(|word| (*word as u64).to_le_bytes()));
+    file.extend(notes);
+    file.extend(info);
+    file.resize(2 * 4096, 0);
+    file.push(0b11_1111);
+    file.resize(3 * 4096, 0);
+    file.push(0b1_1111);
+    file.resize(4 * 4096, 0);
+    let mut at = file.len() + 24 * pages.len();
+    for (flags, data) in &pages {
+        file.extend((at as u64).to_le_bytes());
+        file.extend([data.len() as u32, *flags, 0, 0].iter().flat_map(|word| word.to_le_bytes()));
+        at += data.len();
+    }
+    file.extend(pages.iter().flat_map(|(_, data)| data));
+    Ok(file)
+}
+
+/// The same as records, the last one first and the first one again.
+fn flattened(file: &[u8]) -> Vec<u8> {
+    let mut out = b"makedumpfile\0\0\0\0".to_vec();
+    out.extend([1u64, 1].iter().flat_map(|word| word.to_be_bytes()));
+    out.resize(4096, 0);
+    let chunks: Vec<_> = file.chunks(4096).enumerate().collect();
+    for (index, data) in chunks.iter().rev().chain(chunks.first()) {
+        let place = [*index as u64 * 4096, data.len() as u64];
+        out.extend(place.iter().flat_map(|word| word.to_be_bytes()));
+        out.extend(*data);
+    }
+    out.extend([0xff; 16]);
+    out
 }
 
 /// Flags, root, address; then tables of one entry a page, the last one a page of 4 KiB.

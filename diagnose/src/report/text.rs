@@ -2,13 +2,9 @@
 //! concluded here.
 
 use guest::Reg;
-use repair_image::{SourceFrame, base_name};
 
-use crate::context::name as context_name;
-use crate::{
-    Boundary, Confirmation, Diagnosis, Frame, FrameEffects, Held, Offender, ResourceKind, Trust,
-    UnwindEnd,
-};
+use super::words::{self, described, end, place, trust, verdict};
+use crate::{Boundary, Diagnosis, Frame, FrameEffects};
 
 /// Columns at most.
 const WIDTH: usize = 120;
@@ -93,71 +89,9 @@ impl Lines {
     }
 }
 
-/// The offender in one sentence.
-fn verdict(diagnosis: &Diagnosis) -> String {
-    let at = |source: &Option<SourceFrame>| {
-        source.as_ref().map(|source| format!(" ({})", place(source))).unwrap_or_default()
-    };
-    match &diagnosis.offender {
-        Some(Offender::Driver { module, function, source }) => {
-            format!("The driver {module} is at fault, in {function}(){}.", at(source))
-        }
-        Some(Offender::Process { pid, comm, function, source, .. }) => format!(
-            "The kernel failed in {function}(){}, on behalf of the process {comm} (pid {pid}).",
-            at(source)
-        ),
-        Some(Offender::Kernel { function, source }) => {
-            format!("The core kernel is at fault, in {function}(){}.", at(source))
-        }
-        None => "Who is at fault could not be determined.".to_owned(),
-    }
-}
-
 fn facts(diagnosis: &Diagnosis, lines: &mut Lines) {
-    lines.fact("signature", &diagnosis.signature);
-    if let Some(hook) = &diagnosis.hook {
-        lines
-            .fact("caught at", &format!("{}() on vCPU {}", hook.kind.function(), diagnosis.vcpu.0));
-    }
-    if let Some(message) = &diagnosis.message {
-        lines.fact("message", message);
-    }
-    let context = &diagnosis.context;
-    let mut said = format!("{} context", context_name(context.kind));
-    if let Some(cpu) = context.cpu {
-        said += &format!(", CPU {cpu}");
-    }
-    if context.idle {
-        said += ", CPU was idle";
-    }
-    if let Some(count) = context.preempt_count {
-        said += &format!(", preempt count {count:#010x}");
-    }
-    said += match context.interrupts_enabled {
-        Some(true) => ", interrupts on",
-        Some(false) => ", interrupts off",
-        None => "",
-    };
-    if let Some(nesting) = context.rcu_nesting {
-        said += &format!(", RCU nesting {nesting}");
-    }
-    lines.fact("context", &said);
-    if let Some(task) = &diagnosis.task {
-        let mut said = format!("{} (pid {}", task.comm, task.pid);
-        if task.tgid != task.pid {
-            said += &format!(", process {}", task.tgid);
-        }
-        said += ")";
-        if task.kernel_thread {
-            said += ", kernel thread";
-        }
-        if let Some(executable) = &task.executable {
-            said += &format!(", executes {executable}");
-        }
-        if let Some(syscall) = &task.syscall {
-            said += &format!(", in system call {syscall}");
-        }
-        lines.fact("task", &said);
+    for (label, value) in words::facts(diagnosis) {
+        lines.fact(label, &value);
     }
 }
 
@@ -216,50 +150,6 @@ fn columns(number: &str, function: &str, trust: &str, place: &str) -> String {
     format!("{number:<5}{function:<52} {trust:<10} {place}")
 }
 
-fn described(frame: &Frame) -> String {
-    let ip = frame.pc.ip();
-    let mut said = match (&frame.function, frame.function_start) {
-        (Some(name), Some(start)) => format!("{}+{:#x}", base_name(name), ip - start),
-        (Some(name), None) => base_name(name).to_owned(),
-        (None, _) => format!("{ip:#x}"),
-    };
-    if let Some(module) = &frame.module {
-        said += &format!(" [{module}]");
-    }
-    said
-}
-
-fn place(source: &SourceFrame) -> String {
-    if source.line == 0 { source.file.clone() } else { format!("{}:{}", source.file, source.line) }
-}
-
-fn trust(trust: Trust) -> &'static str {
-    match trust {
-        Trust::Context => "vCPU",
-        Trust::SavedRegisters => "pt_regs",
-        Trust::Cfi => "CFI",
-        Trust::OrcAndCode => "ORC+code",
-        Trust::Orc => "ORC",
-        Trust::BadCall => "bad call",
-    }
-}
-
-fn end(end: &UnwindEnd) -> String {
-    match end {
-        UnwindEnd::UserMode => "user mode".to_owned(),
-        UnwindEnd::Outermost => "outermost kernel frame".to_owned(),
-        UnwindEnd::NoRow(at) => format!("unwinding ended: nothing is known of {at:#x}"),
-        UnwindEnd::Unreadable(at) => format!("unwinding ended: the stack at {at:#x} is unreadable"),
-        UnwindEnd::NotAdvancing(at) => {
-            format!("unwinding ended: the frame at {at:#x} does not lead outward")
-        }
-        UnwindEnd::UnknownRegister(at) => {
-            format!("unwinding ended: a register that {at:#x} needs is not known")
-        }
-        UnwindEnd::TooDeep => "unwinding ended: too many frames".to_owned(),
-    }
-}
-
 fn returns(diagnosis: &Diagnosis, boundary: &Boundary, lines: &mut Lines) {
     lines.section("An error can be returned");
     let entry = diagnosis.frames.get(boundary.entry).map(described).unwrap_or_default();
@@ -272,58 +162,8 @@ fn returns(diagnosis: &Diagnosis, boundary: &Boundary, lines: &mut Lines) {
 }
 
 fn held(diagnosis: &Diagnosis, effects: &FrameEffects, lines: &mut Lines) {
-    if effects.held.is_empty() {
-        lines.plain("  nothing is held");
-    }
-    for held in &effects.held {
-        lines.plain(&held_line(diagnosis, held));
-    }
-    if effects.preempt_delta != 0 {
-        lines.plain(&format!("  preempt count raised by {:#x}", effects.preempt_delta));
-    }
-    if effects.rcu_delta != 0 {
-        lines.plain(&format!("  RCU nesting raised by {}", effects.rcu_delta));
-    }
-    if !effects.undetermined.is_empty() {
-        let frames: Vec<String> = effects.undetermined.iter().map(usize::to_string).collect();
-        lines.wrapped("  ", &format!("not determined for frame {}", frames.join(", ")));
-    }
-}
-
-fn held_line(diagnosis: &Diagnosis, held: &Held) -> String {
-    let lock = match (&held.name, held.lock) {
-        (Some(name), Some(at)) => format!("{name} at {at:#x}"),
-        (Some(name), None) => name.clone(),
-        (None, Some(at)) => format!("{at:#x}"),
-        (None, None) => String::new(),
-    };
-    let by = diagnosis.frames.get(held.frame).and_then(|frame| frame.function.as_deref());
-    let by = base_name(by.unwrap_or("?"));
-    let confirmed = match &held.confirmed {
-        Confirmation::Confirmed => ", memory agrees".to_owned(),
-        Confirmation::Contradicted { word } => format!(", memory contradicts ({word:#x})"),
-        Confirmation::NotApplicable => String::new(),
-        Confirmation::Unknown => ", not confirmed".to_owned(),
-    };
-    format!("  {:<20} {lock} (frame {}, {by}){confirmed}", resource(held.kind), held.frame)
-}
-
-fn resource(kind: ResourceKind) -> &'static str {
-    match kind {
-        ResourceKind::Mutex => "mutex",
-        ResourceKind::RwsemWrite => "rwsem (write)",
-        ResourceKind::RwsemRead => "rwsem (read)",
-        ResourceKind::Semaphore => "semaphore",
-        ResourceKind::Spinlock => "spinlock",
-        ResourceKind::SpinlockBh => "spinlock_bh",
-        ResourceKind::SpinlockIrq => "spinlock_irq",
-        ResourceKind::SpinlockIrqsave => "spinlock_irqsave",
-        ResourceKind::ReadLock => "rwlock (read)",
-        ResourceKind::WriteLock => "rwlock (write)",
-        ResourceKind::Rcu => "RCU read side",
-        ResourceKind::BottomHalves => "bottom halves off",
-        ResourceKind::Preemption => "preemption off",
-        ResourceKind::Interrupts => "interrupts off",
+    for line in words::effects(diagnosis, effects) {
+        lines.plain(&format!("  {line}"));
     }
 }
 

@@ -1,0 +1,13 @@
+//! Diagnoses and incidents for people: as text for a terminal, as one HTML page. Layout only; nothing is
+//! concluded here.
+
+mod escape;
+mod html;
+mod page;
+mod text;
+mod timeline;
+mod words;
+
+pub use html::html;
+pub use page::{InstructionLine, Moment, Page, Source, Step, Verdict, Write};
+pub use text::text;
