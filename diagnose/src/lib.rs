@@ -8,6 +8,7 @@ mod class;
 pub mod code;
 pub mod console;
 mod context;
+mod core_notes;
 mod diagnosis;
 pub mod dump;
 pub mod effects;

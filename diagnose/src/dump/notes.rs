@@ -4,66 +4,14 @@
 use guest::{Reg, Registers};
 use repair_image::Vmcoreinfo;
 
+use crate::core_notes::{PRSTATUS, PRSTATUS_PID, PRSTATUS_REGISTERS, QEMU_GENERAL, USER_REGISTERS};
+
 /// More CPUs than `CONFIG_NR_CPUS` allows (8192).
 const MAX_CPUS: usize = 8192;
 /// Name size, descriptor size, type.
 const HEADER: usize = 12;
-/// `NT_PRSTATUS`
-const PRSTATUS: u32 = 1;
-/// Offset of `pr_pid` in `struct elf_prstatus` on x86-64 (Linux uapi, stable ABI).
-const PRSTATUS_PID: usize = 32;
-/// Offset of `pr_reg`.
-const PRSTATUS_REGISTERS: usize = 112;
-/// Order of `struct user_regs_struct` (Linux uapi `asm/user_64.h`). `gs_base` is not among them: see
-/// [`prstatus`].
-const USER_REGISTERS: [Option<Reg>; 22] = [
-    Some(Reg::R15),
-    Some(Reg::R14),
-    Some(Reg::R13),
-    Some(Reg::R12),
-    Some(Reg::Rbp),
-    Some(Reg::Rbx),
-    Some(Reg::R11),
-    Some(Reg::R10),
-    Some(Reg::R9),
-    Some(Reg::R8),
-    Some(Reg::Rax),
-    Some(Reg::Rcx),
-    Some(Reg::Rdx),
-    Some(Reg::Rsi),
-    Some(Reg::Rdi),
-    None,
-    Some(Reg::Rip),
-    Some(Reg::Cs),
-    Some(Reg::Rflags),
-    Some(Reg::Rsp),
-    Some(Reg::Ss),
-    Some(Reg::FsBase),
-];
-/// Index of `gs_base` in it.
+/// Index of `gs_base` in [`USER_REGISTERS`]: see [`prstatus`].
 const USER_GS_BASE: usize = 22;
-/// Order of the 64-bit registers in QEMU's own note (`QEMUCPUState` in QEMU's target/i386/arch_dump.c),
-/// after version and size (4 bytes each).
-const QEMU_GENERAL: [Reg; 18] = [
-    Reg::Rax,
-    Reg::Rbx,
-    Reg::Rcx,
-    Reg::Rdx,
-    Reg::Rsi,
-    Reg::Rdi,
-    Reg::Rsp,
-    Reg::Rbp,
-    Reg::R8,
-    Reg::R9,
-    Reg::R10,
-    Reg::R11,
-    Reg::R12,
-    Reg::R13,
-    Reg::R14,
-    Reg::R15,
-    Reg::Rip,
-    Reg::Rflags,
-];
 /// A QEMU segment record: selector, limit, flags, padding (4 bytes each), base (8 bytes).
 const QEMU_SEGMENT: usize = 24;
 /// Segments in QEMU's note, in their order.
@@ -183,7 +131,7 @@ fn word(bytes: &[u8], at: usize) -> Option<u64> {
 /// register.
 fn prstatus(desc: &[u8]) -> CpuNote {
     let mut registers = Registers::unknown();
-    for (index, reg) in USER_REGISTERS.iter().enumerate() {
+    for (index, reg) in USER_REGISTERS.iter().enumerate().take(USER_GS_BASE) {
         if let (Some(reg), Some(value)) = (reg, word(desc, PRSTATUS_REGISTERS + 8 * index)) {
             registers.set(*reg, value);
         }

@@ -2,63 +2,15 @@
 
 use guest::{Reg, Registers};
 
+use crate::core_notes::{PRSTATUS, PRSTATUS_PID, PRSTATUS_REGISTERS, QEMU_GENERAL, USER_REGISTERS};
+
 /// Name and type of the note in which the file describes itself, as JSON.
 pub const NOTE_NAME: &str = "DEFIB";
 /// See [`NOTE_NAME`].
 pub const NOTE_TYPE: u32 = 0xdef1b;
 
-const NT_PRSTATUS: u32 = 1;
-/// `struct elf_prstatus` of x86-64 (Linux uapi, stable ABI): size, `pr_pid`, `pr_reg`.
-const PRSTATUS: usize = 336;
-const PRSTATUS_PID: usize = 32;
-const PRSTATUS_REGISTERS: usize = 112;
-/// Order of `struct user_regs_struct` (Linux uapi `asm/user_64.h`); `None` = not a register of a vCPU.
-const USER_REGISTERS: [Option<Reg>; 23] = [
-    Some(Reg::R15),
-    Some(Reg::R14),
-    Some(Reg::R13),
-    Some(Reg::R12),
-    Some(Reg::Rbp),
-    Some(Reg::Rbx),
-    Some(Reg::R11),
-    Some(Reg::R10),
-    Some(Reg::R9),
-    Some(Reg::R8),
-    Some(Reg::Rax),
-    Some(Reg::Rcx),
-    Some(Reg::Rdx),
-    Some(Reg::Rsi),
-    Some(Reg::Rdi),
-    None,
-    Some(Reg::Rip),
-    Some(Reg::Cs),
-    Some(Reg::Rflags),
-    Some(Reg::Rsp),
-    Some(Reg::Ss),
-    Some(Reg::FsBase),
-    Some(Reg::GsBase),
-];
-/// Order of the registers in QEMU's own note (`QEMUCPUState`, QEMU's target/i386/arch_dump.c).
-const QEMU_GENERAL: [Reg; 18] = [
-    Reg::Rax,
-    Reg::Rbx,
-    Reg::Rcx,
-    Reg::Rdx,
-    Reg::Rsi,
-    Reg::Rdi,
-    Reg::Rsp,
-    Reg::Rbp,
-    Reg::R8,
-    Reg::R9,
-    Reg::R10,
-    Reg::R11,
-    Reg::R12,
-    Reg::R13,
-    Reg::R14,
-    Reg::R15,
-    Reg::Rip,
-    Reg::Rflags,
-];
+/// Size of `struct elf_prstatus` on x86-64 (Linux uapi, stable ABI).
+const PRSTATUS_SIZE: usize = 336;
 const QEMU_VERSION: u32 = 1;
 /// Size of `QEMUCPUState`: version and size, 18 registers, 10 segments of 24 bytes, cr0 to cr4, GS base of
 /// user mode.
@@ -86,8 +38,8 @@ pub(super) fn push_prstatus(notes: &mut Vec<u8>, registers: &Registers, pid: i32
         let value = reg.map_or(u64::MAX, |reg| registers.get(reg).unwrap_or(0));
         data.extend(value.to_le_bytes());
     }
-    data.resize(PRSTATUS, 0);
-    push(notes, "CORE", NT_PRSTATUS, &data);
+    data.resize(PRSTATUS_SIZE, 0);
+    push(notes, "CORE", PRSTATUS, &data);
 }
 
 /// QEMU's note of a vCPU: the only established one that has control registers. `false` when a register that
