@@ -199,6 +199,9 @@ mod tests {
         let json = std::fs::read(format!("{folder}/incident.json")).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
         assert_eq!(json["outcome"], "refused");
+        let page = std::fs::read_to_string(format!("{folder}/report.html")).unwrap();
+        let title = json["diagnosis"]["title"].as_str().unwrap();
+        assert!(page.starts_with("<!") && page.contains(title), "{page}");
         assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1);
     }
 

@@ -1,5 +1,5 @@
 //! The folder on disk that records one incident: `incident.json` for scripts (schema in
-//! `docs/incident.md`), `report.txt` for people. Written after the guest runs again, never before.
+//! `docs/incident.md`), `report.txt` and `report.html` for people. Written after the guest runs again, never before.
 
 use std::fs;
 use std::io::Write;
@@ -19,6 +19,7 @@ pub struct Incident {
     folder: PathBuf,
     record: Map<String, Value>,
     report: String,
+    page: String,
 }
 
 impl Incident {
@@ -38,7 +39,7 @@ impl Incident {
         let mut record = Map::new();
         record.insert("schema".into(), json!(SCHEMA));
         record.insert("opened".into(), json!(stamp));
-        Ok(Self { folder, record, report: String::new() })
+        Ok(Self { folder, record, report: String::new(), page: String::new() })
     }
 
     /// Where it is.
@@ -65,7 +66,12 @@ impl Incident {
         self.report.push('\n');
     }
 
-    /// Writes both files, each by rename so that a reader never sees half of one.
+    /// What `report.html` holds.
+    pub fn set_page(&mut self, page: String) {
+        self.page = page;
+    }
+
+    /// Writes the files, each by rename so that a reader never sees half of one.
     ///
     /// # Errors
     /// When the disk refuses.
@@ -73,6 +79,7 @@ impl Incident {
         let json = serde_json::to_vec_pretty(&self.record)
             .map_err(|source| Error::Json { what: "incident.json", source })?;
         replace(&self.folder.join("incident.json"), &json)?;
+        replace(&self.folder.join("report.html"), self.page.as_bytes())?;
         replace(&self.folder.join("report.txt"), self.report.as_bytes())
     }
 }

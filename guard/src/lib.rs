@@ -34,6 +34,7 @@ mod guard;
 mod incident;
 mod knowledge;
 mod observer;
+mod page;
 mod report;
 mod session;
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What is told of a crash once the guest runs again: to the observer, and in the incident's two files.
+//! What is told of a crash once the guest runs again: to the observer, and in the incident's files.
 
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::crash::{End, Handled};
 use crate::incident::Incident;
+use crate::page;
 use crate::{Error, Guard};
 
 impl<M: Machine> Guard<M> {
@@ -78,6 +79,8 @@ impl<M: Machine> Guard<M> {
         incident.set("journal", &handled.journal);
         incident.section("Journal of writes", &journal(&handled.journal));
         incident.section("Timeline", &timeline(&handled.phases));
+        let page = page::page(handled, &verdict, self.session.banner());
+        incident.set_page(diagnose::report::html(&page));
         incident.write()?;
         let text = format!("incident: {}", incident.folder().display());
         self.say("incident", json!({ "folder": incident.folder() }), &text)

@@ -194,6 +194,11 @@ impl Session {
         self.image = RepairImage::assemble(&self.kernel.facts, &self.layer);
     }
 
+    /// The kernel in its own words.
+    pub fn banner(&self) -> &str {
+        self.layer.banner.trim()
+    }
+
     /// Kernel and origin of what is known of it.
     #[must_use]
     pub fn describe(&self) -> Value {
