@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use corpus::campaign::{self, Outcome as CaseOutcome, Stand, Verdict};
 use corpus::guarded::GuardConfig;
 use corpus::lab::{Accelerator, Kernel, Snapshot, VmConfig, VmmConfig};
-use corpus::scenario::{CASES, Case, case};
+use corpus::scenario::{Case, case, cases};
 use hv_hooks::kvm::HostKind;
 use serde_json::json;
 
@@ -32,7 +32,7 @@ pub fn run(arguments: &CorpusArguments) -> Result<Outcome> {
 
 fn list() -> Result<Outcome> {
     let mut out = std::io::stdout().lock();
-    for case in CASES {
+    for case in cases() {
         writeln!(
             out,
             "{:<18} {:<14} {:<18} {:<13} {:?}",
@@ -48,7 +48,7 @@ fn list() -> Result<Outcome> {
 
 fn chosen(names: &[String]) -> Result<Vec<&'static Case>> {
     if names.is_empty() {
-        return Ok(CASES.iter().collect());
+        return Ok(cases().collect());
     }
     names
         .iter()

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use guard::{Failed, Guard, Options, POLL};
+use guard::{EventLines, Failed, Guard, Options, POLL};
 use guest::{FreshKind, Machine};
 use hv_hooks::qemu::{AttachOptions, Qemu};
 use quarantine::{FreshWay, Policy};
@@ -13,7 +13,6 @@ use serde_json::json;
 
 use crate::Outcome;
 use crate::cli::GuardArguments;
-use crate::events::Events;
 use crate::knowledge;
 use crate::signals::Ending;
 use crate::target;
@@ -25,7 +24,7 @@ use crate::target;
 pub fn run(arguments: &GuardArguments) -> Result<Outcome> {
     let ending = Ending::on_signals()?;
     let policy = policy(arguments.policy.as_deref())?;
-    let events = Events::new(arguments.json);
+    let events = EventLines::new(arguments.json);
     let machine = attach(arguments, &policy, &events)?;
     let options = Options {
         knowledge: knowledge::sources(&arguments.knowledge),
@@ -50,7 +49,7 @@ pub fn policy(file: Option<&Path>) -> Result<Policy> {
     Policy::parse(&text).with_context(|| format!("policy {}", file.display()))
 }
 
-fn attach(arguments: &GuardArguments, policy: &Policy, events: &Events) -> Result<Qemu> {
+fn attach(arguments: &GuardArguments, policy: &Policy, events: &EventLines) -> Result<Qemu> {
     let socket = target::qmp_socket(&arguments.target)?;
     let mut options = AttachOptions::new(&socket);
     options.gdb.clone_from(&arguments.gdb);
@@ -83,7 +82,11 @@ fn stand(guard: &mut Guard<Qemu>, ending: &Ending, once: bool) -> Result<(), gua
     Ok(())
 }
 
-fn leave(guard: Guard<Qemu>, result: Result<(), guard::Error>, events: &Events) -> Result<Outcome> {
+fn leave(
+    guard: Guard<Qemu>,
+    result: Result<(), guard::Error>,
+    events: &EventLines,
+) -> Result<Outcome> {
     let (incidents, lost) = (guard.incidents(), guard.lost());
     let detached = guard.into_machine().detach();
     result?;

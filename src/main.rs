@@ -3,7 +3,6 @@
 mod cli;
 mod corpus_command;
 mod demo;
-mod events;
 mod guard_command;
 mod image;
 mod knowledge;

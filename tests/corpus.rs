@@ -7,7 +7,7 @@ use std::sync::Arc;
 use corpus::campaign::{self, Outcome, Stand};
 use corpus::guarded::GuardConfig;
 use corpus::lab::{Kernel, Snapshot, VmConfig};
-use corpus::scenario::{CASES, Case};
+use corpus::scenario::{Case, cases};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// Cases that also run on 6.12: another ORC layout, other offsets, other per-CPU places.
@@ -69,13 +69,13 @@ fn trials(root: &Path) -> Vec<Trial> {
         let bench = Arc::clone(bench);
         trials.push(Trial::test(case.name, move || bench.run(case)).with_kind(kind));
     };
-    for case in CASES {
+    for case in cases() {
         add(&old, "6.1", case);
     }
-    for case in CASES.iter().filter(|case| ON_6_12.contains(&case.name)) {
+    for case in cases().filter(|case| ON_6_12.contains(&case.name)) {
         add(&new, "6.12", case);
     }
-    for case in CASES.iter().filter(|case| WITHOUT_FILES.contains(&case.name)) {
+    for case in cases().filter(|case| WITHOUT_FILES.contains(&case.name)) {
         add(&bare, "6.1 without files", case);
     }
     trials

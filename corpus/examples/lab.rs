@@ -168,7 +168,7 @@ fn stock_cases(words: &[String]) -> Result<bool> {
     let Some(options) = parse(&options) else { return Ok(false) };
     let config = stock::config(VmConfig::new(Kernel::find(&options.kernel)?));
     let snapshot = Snapshot::cached(&config)?;
-    for case in scenario::CASES {
+    for case in scenario::cases() {
         if !names.is_empty() && !names.iter().any(|name| name == case.name) {
             continue;
         }

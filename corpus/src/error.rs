@@ -76,6 +76,14 @@ pub enum Error {
         /// The end of the guest's console, where there is one.
         console: String,
     },
+    /// A nested host, whose processor QEMU emulates, stopped answering: nothing is known of what ran in it.
+    #[error("the nested host was silent for {limit:?}; its console's end:\n{console}")]
+    HostSilent {
+        /// How long it was waited for.
+        limit: Duration,
+        /// The end of its console.
+        console: String,
+    },
     /// The guest's agent answered `err`.
     #[error("guest: {command}: {reason}")]
     Agent {

@@ -85,7 +85,7 @@ fn private_memory_is_restored_too() {
 #[test]
 fn later_kernel_loads_every_driver() {
     let mut vm = Snapshot::cached(&config("6.12")).unwrap().restore().unwrap();
-    let mut drivers: Vec<_> = scenario::CASES.iter().map(|case| case.driver).collect();
+    let mut drivers: Vec<_> = scenario::cases().map(|case| case.driver).collect();
     drivers.dedup();
     for driver in drivers {
         vm.agent().command(&format!("load {driver}")).unwrap();
@@ -130,7 +130,7 @@ fn a_restored_guest_can_reboot() {
 fn goes_down(series: &str, names: &[&str]) {
     let snapshot = Snapshot::cached(&stock::config(config(series))).unwrap();
     let mut wrong = Vec::new();
-    for case in scenario::CASES.iter().filter(|c| names.is_empty() || names.contains(&c.name)) {
+    for case in scenario::cases().filter(|c| names.is_empty() || names.contains(&c.name)) {
         match stock::crash(case, &snapshot) {
             Ok(down) if down.names_offender => {}
             Ok(down) => wrong.push(format!("{}: another function:\n{}", case.name, down.console)),

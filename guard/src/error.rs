@@ -137,7 +137,7 @@ impl<M> From<Failed<M>> for Error {
 }
 
 /// An error and its causes in one line, outermost first.
-pub(crate) fn in_one_line(error: &dyn std::error::Error) -> String {
+pub fn in_one_line(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }

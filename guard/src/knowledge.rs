@@ -26,6 +26,16 @@ pub struct KnowledgeSources {
 }
 
 impl KnowledgeSources {
+    /// Where a command keeps layers if it is not told: `defib` in the user's cache directory (XDG Base Directory
+    /// Specification), or in the system's for a user without a home.
+    #[must_use]
+    pub fn default_cache() -> PathBuf {
+        let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
+        let of_user = || Some(variable("HOME")?.join(".cache"));
+        let cache = variable("XDG_CACHE_HOME").or_else(of_user);
+        cache.unwrap_or_else(|| PathBuf::from("/var/cache")).join("defib")
+    }
+
     fn layers(&self) -> Option<PathBuf> {
         self.cache.as_ref().map(|cache| cache.join("layers"))
     }

@@ -1,5 +1,5 @@
 //! Standing guard over one machine: what is known of its kernel, the way of one crash through the house,
-//! probation afterwards. Knows no particular hypervisor, prints nothing, handles no signals.
+//! probation afterwards. Knows no particular hypervisor, prints only by [`EventLines`], handles no signals.
 //!
 //! A VMM hands over its machine and is told what happens:
 //!
@@ -30,6 +30,7 @@
 
 mod crash;
 mod error;
+mod event_lines;
 mod guard;
 mod incident;
 mod knowledge;
@@ -41,7 +42,8 @@ mod session;
 mod testing;
 mod watch;
 
-pub use error::{Error, Failed};
+pub use error::{Error, Failed, in_one_line};
+pub use event_lines::EventLines;
 pub use guard::{Guard, Options, POLL};
 pub use knowledge::{Kernel, KnowledgeSources, Learned, kernel_layer, learn};
 pub use observer::Observer;

@@ -56,18 +56,7 @@ fn timeline(handled: &Handled) -> Vec<Moment> {
     start.chain(handled.phases.iter().map(|(name, at)| moment(name, *at))).collect()
 }
 
-/// A step: the first line of an action's words says what, the rest are details.
 fn step(action: &Action, done: Option<bool>) -> Step {
-    let words = action.to_string();
-    let why = match action {
-        Action::CallGuest { why, .. }
-        | Action::WriteWord { why, .. }
-        | Action::RewriteSavedRegisters { why, .. }
-        | Action::PatchEntry { why, .. }
-        | Action::SetRegisters { why, .. } => why.clone(),
-        _ => String::new(),
-    };
-    let what = words.replacen(&format!(": {why}"), "", 1);
     let preconditions = match action {
         Action::CallGuest { expected, .. } => expected.iter().map(condition).collect(),
         Action::WriteWord { at, old, mask, .. } => {
@@ -75,7 +64,9 @@ fn step(action: &Action, done: Option<bool>) -> Step {
         }
         _ => Vec::new(),
     };
-    Step { what, why, preconditions, done }
+    let details = action.details().into_iter();
+    let what = std::iter::once(action.what()).chain(details).collect::<Vec<_>>().join("\n");
+    Step { what, why: action.why().to_owned(), preconditions, done }
 }
 
 fn condition(expected: &Expected) -> String {

@@ -117,34 +117,58 @@ pub enum Action {
     },
 }
 
+impl Action {
+    /// What is done, in a few words.
+    pub fn what(&self) -> String {
+        match self {
+            Self::CallGuest { function, arguments, .. } => {
+                let list: Vec<String> = arguments.iter().map(|a| format!("{a:#x}")).collect();
+                format!("call {function}({})", list.join(", "))
+            }
+            Self::WriteWord { at, old, new, name, .. } => {
+                format!("write {name} at {at:#x}: {old:#x} -> {new:#x}")
+            }
+            Self::RewriteSavedRegisters { at, .. } => {
+                format!("rewrite the registers saved at {at:#x}")
+            }
+            Self::PatchEntry { module, function, at, returns, .. } => {
+                format!("patch {function} [{module}] at {at:#x} to {returns}")
+            }
+            Self::SetRegisters { vcpu, .. } => format!("set registers of vCPU {}", vcpu.0),
+        }
+    }
+
+    /// Why it is done.
+    pub fn why(&self) -> &str {
+        match self {
+            Self::CallGuest { why, .. }
+            | Self::WriteWord { why, .. }
+            | Self::RewriteSavedRegisters { why, .. }
+            | Self::PatchEntry { why, .. }
+            | Self::SetRegisters { why, .. } => why,
+        }
+    }
+
+    /// The changed registers, where there are any, one a line.
+    pub fn details(&self) -> Vec<String> {
+        match self {
+            Self::RewriteSavedRegisters { words, .. } => words
+                .iter()
+                .map(|word| format!("{} {:#x} -> {:#x}", word.register, word.old, word.new))
+                .collect(),
+            Self::SetRegisters { registers, .. } => {
+                let set = registers.iter().map(|(reg, value)| format!("{}={value:#x}", reg.name()));
+                vec![set.collect::<Vec<_>>().join(" ")]
+            }
+            _ => Vec::new(),
+        }
+    }
+}
+
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::CallGuest { function, arguments, why, .. } => {
-                let list: Vec<String> = arguments.iter().map(|a| format!("{a:#x}")).collect();
-                write!(f, "call {function}({}): {why}", list.join(", "))
-            }
-            Self::WriteWord { at, old, new, name, why, .. } => {
-                write!(f, "write {name} at {at:#x}: {old:#x} -> {new:#x}: {why}")
-            }
-            Self::RewriteSavedRegisters { at, words, why } => {
-                write!(f, "rewrite the registers saved at {at:#x}: {why}")?;
-                for word in words {
-                    write!(f, "\n       {} {:#x} -> {:#x}", word.register, word.old, word.new)?;
-                }
-                Ok(())
-            }
-            Self::PatchEntry { module, function, at, returns, why, .. } => {
-                write!(f, "patch {function} [{module}] at {at:#x} to {returns}: {why}")
-            }
-            Self::SetRegisters { vcpu, registers, why } => {
-                write!(f, "set registers of vCPU {}: {why}\n      ", vcpu.0)?;
-                for (reg, value) in registers.iter() {
-                    write!(f, " {}={value:#x}", reg.name())?;
-                }
-                Ok(())
-            }
-        }
+        write!(f, "{}: {}", self.what(), self.why())?;
+        self.details().iter().try_for_each(|detail| write!(f, "\n       {detail}"))
     }
 }
 

@@ -1,9 +1,11 @@
 //! Running the programs of the build (compiler, make, mkfs, fsck) to their end, with what they print
 //! kept for the error.
 
+use std::path::Path;
 use std::process::Command;
 use std::process::Stdio;
 
+use super::kernel::Kernel;
 use crate::Error;
 use crate::Result;
 
@@ -24,6 +26,12 @@ pub(crate) fn run(command: &mut Command) -> Result<String> {
     }
     let output = tail(&output, OUTPUT_KEPT).to_owned();
     Err(Error::Program { program, status: done.status, output })
+}
+
+/// Builds the kernel modules of a folder, which has their Makefile, against a kernel's headers.
+pub(crate) fn modules(kernel: &Kernel, dir: &Path) -> Result<()> {
+    let folder = format!("M={}", dir.display());
+    run(Command::new("make").arg("-C").arg(kernel.headers()).args([&folder, "modules"])).map(drop)
 }
 
 /// The last bytes of a text, cut at a character.

@@ -94,13 +94,7 @@ fn make(kernel: &Kernel, dir: &Path) -> Result<()> {
         let path = dir.join(source.file);
         fs::write(&path, source.text).map_err(Error::file("write", &path))?;
     }
-    build::run(
-        Command::new("make")
-            .arg("-C")
-            .arg(kernel.headers())
-            .arg(format!("M={}", dir.display()))
-            .arg("modules"),
-    )?;
+    build::modules(kernel, dir)?;
     let stripped = dir.join("stripped");
     fs::create_dir(&stripped).map_err(Error::file("create", &stripped))?;
     for name in names() {

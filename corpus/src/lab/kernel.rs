@@ -48,6 +48,15 @@ impl Kernel {
         Some(self.dir.join("vmlinux")).filter(|path| path.is_file())
     }
 
+    /// The file with symbols and DWARF, where nothing can be done without.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`] when it was not set up.
+    pub fn needed_vmlinux(&self) -> Result<PathBuf> {
+        let (series, cache) = (self.release.clone(), self.dir.clone());
+        self.vmlinux().ok_or(Error::NoKernel { series, cache })
+    }
+
     /// The distribution's modules that a lab guest may load, uncompressed.
     pub fn modules(&self) -> PathBuf {
         self.dir.join("modules")

@@ -41,10 +41,7 @@ pub(crate) fn driver_folder() -> Option<PathBuf> {
 /// # Errors
 /// [`Error::NoKernel`] without its vmlinux; what goes wrong when its parts are built or copied.
 pub fn kit(kernel: &Kernel, layers: &Path) -> Result<PathBuf> {
-    let vmlinux = kernel.vmlinux().ok_or_else(|| Error::NoKernel {
-        series: kernel.release().to_owned(),
-        cache: kernel.modules(),
-    })?;
+    let vmlinux = kernel.needed_vmlinux()?;
     let image = initramfs::path(kernel)?;
     let built = drivers::drivers(kernel)?;
     let mut key = cache::Key::default().add("kit 1").add_stat(&vmlinux)?.add_stat(&image)?;

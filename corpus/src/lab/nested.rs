@@ -91,7 +91,7 @@ impl Nested {
     /// written to.
     ///
     /// # Errors
-    /// [`Error::Timeout`] with the output so far, or [`Error::Agent`] when the host does not answer.
+    /// [`Error::Timeout`] with the output so far, [`Error::HostSilent`] when the host does not answer to the end.
     pub fn run(&mut self, command: &str, limit: Duration) -> Result<Ended> {
         let end = Instant::now() + limit;
         // In the background, as the agent gives up what takes long; its output must not be the agent's.
@@ -99,11 +99,21 @@ impl Nested {
             "rm -f /run/status; {{ (cd {PLACE} && {{ {command} ; }}) </dev/null >/run/output 2>&1; \
              echo $? >/run/status.new; mv /run/status.new /run/status; }} >/dev/null 2>&1 &"
         ))?;
+        let mut silent = false;
         loop {
             // A busy host may be slow to answer: no reason to give up before the time is over.
-            let found = self.shell("cat /run/status 2>/dev/null || true")?;
-            if let Ok(status) = found.trim().parse() {
-                return Ok(Ended { status, output: self.output()? });
+            match self.shell("cat /run/status 2>/dev/null || true") {
+                Ok(found) => {
+                    silent = false;
+                    if let Ok(status) = found.trim().parse() {
+                        return Ok(Ended { status, output: self.output()? });
+                    }
+                }
+                Err(Error::Timeout { .. }) if Instant::now() < end => silent = true,
+                Err(Error::Timeout { .. }) if silent => {
+                    return Err(Error::HostSilent { limit, console: self.vm.console_end() });
+                }
+                Err(error) => return Err(error),
             }
             if Instant::now() > end {
                 let what = format!("the end of {command}");
@@ -279,13 +289,7 @@ fn debug_registers(kernel: &Kernel) -> Result<PathBuf> {
         };
         write(&format!("{DEBUG_REGISTERS}.c"), DEBUG_REGISTERS_SOURCE)?;
         write("Makefile", &format!("obj-m := {DEBUG_REGISTERS}.o\n"))?;
-        build::run(
-            Command::new("make")
-                .arg("-C")
-                .arg(kernel.headers())
-                .arg(format!("M={}", dir.display()))
-                .arg("modules"),
-        )?;
+        build::modules(kernel, dir)?;
         build::run(Command::new("strip").arg("-g").arg(dir.join(&object))).map(drop)
     })?;
     Ok(folder.join(object))

@@ -404,7 +404,7 @@ impl Vm {
         &self.files
     }
 
-    fn console_end(&self) -> String {
+    pub(crate) fn console_end(&self) -> String {
         build::tail(&self.console(), CONSOLE_SHOWN).to_owned()
     }
 

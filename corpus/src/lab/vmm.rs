@@ -107,10 +107,7 @@ impl VmmGuest {
 
 fn command(config: &VmmConfig, dir: &Path) -> Result<Command> {
     let kernel = &config.kernel;
-    let vmlinux = kernel.vmlinux().ok_or_else(|| Error::NoKernel {
-        series: kernel.release().to_owned(),
-        cache: kernel.modules(),
-    })?;
+    let vmlinux = kernel.needed_vmlinux()?;
     let mut command = Command::new(&config.program);
     command
         // A ^C for the lab's user must reach the lab, which then ends the guest in order.

@@ -10,10 +10,11 @@ use guest::{
 };
 use vm_memory::GuestMemoryBackend;
 
-use super::debug::DEBUG_REGISTERS;
 use super::shared::{CallEnding, Job, Place, RunningCall, StandsOn, State};
 use super::{KvmMachine, of_kvm};
 use crate::Error;
+use crate::deadline::deadline;
+use crate::debug_registers::{DEBUG_REGISTERS, lend};
 
 impl<M: GuestMemoryBackend> Control for KvmMachine<M> {
     fn is_running(&self) -> bool {
@@ -224,7 +225,7 @@ impl<M: GuestMemoryBackend> KvmMachine<M> {
     ) -> Result<Option<CallEnding>, Error> {
         let until = deadline(limit);
         let mut state = self.shared.lock();
-        let lent = state.lend()?;
+        let lent = lend(&state.hooks)?;
         state.stops.retain(|stop| stop.vcpu != vcpu || !matches!(stop.reason, StopReason::Hook(_)));
         // What concerns the whole machine ends a call before it begins.
         let cut = state.stops.iter().find(|stop| is_cut(stop, vcpu)).map(|stop| stop.reason);
@@ -272,10 +273,4 @@ fn is_cut(stop: &Stop, vcpu: Vcpu) -> bool {
 /// Whether a vCPU stays where it is during a call of another's: it would report again what it reported already.
 fn stays(stands_on: Option<StandsOn>) -> bool {
     stands_on.is_some()
-}
-
-/// A deadline this far from now; a limit past what the clock can tell is an hour.
-fn deadline(limit: Duration) -> Instant {
-    let now = Instant::now();
-    now.checked_add(limit).unwrap_or(now + Duration::from_secs(3600))
 }

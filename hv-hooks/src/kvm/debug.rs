@@ -12,9 +12,8 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 
 use crate::Error;
+use crate::debug_registers::DEBUG_REGISTERS;
 
-/// Address registers DR0 to DR3 (Intel SDM 3B 18.2.1).
-pub(super) const DEBUG_REGISTERS: usize = 4;
 /// DR6: a breakpoint of DR0 to DR3 was met (Intel SDM 3B 18.2.3).
 const DR6_BREAKPOINTS: u64 = 0xf;
 /// DR6: a single step.

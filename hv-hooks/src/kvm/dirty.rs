@@ -13,8 +13,8 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{_IOC_NONE, ioctl, ioctl_expr};
 
 use super::guest_ram::RamSlot;
-use super::mapping::Mapping;
 use crate::Error;
+use crate::mapping::Mapping;
 
 const PAGE: u64 = 4096;
 /// An entry that KVM has filled in (include/uapi/linux/kvm.h).
@@ -108,7 +108,11 @@ impl DirtyRing {
     pub fn of(vcpu: &VcpuFd, entries: u32) -> Result<Self, Error> {
         let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE;
         let len = (entries as usize).saturating_mul(ENTRY);
-        Ok(Self { ring: Mapping::of(vcpu, offset, len)?, entries, next: 0 })
+        Ok(Self {
+            ring: Mapping::of(vcpu, offset, len).map_err(Error::os("mmap of a vCPU"))?,
+            entries,
+            next: 0,
+        })
     }
 
     /// Takes out what is in the ring; at most its size. KVM goes on to note pages meanwhile, and those that were taken

@@ -15,8 +15,8 @@ use std::sync::atomic::Ordering;
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
 
-use super::mapping::Mapping;
 use crate::Error;
+use crate::mapping::Mapping;
 
 /// `immediate_exit` is in the first page of the run area.
 const PAGE: usize = 4096;
@@ -26,7 +26,7 @@ pub(super) struct RunPage(Mapping);
 
 impl RunPage {
     pub(super) fn of(vcpu: &VcpuFd) -> Result<Self, Error> {
-        Ok(Self(Mapping::of(vcpu, 0, PAGE)?))
+        Ok(Self(Mapping::of(vcpu, 0, PAGE).map_err(Error::os("mmap of a vCPU"))?))
     }
 
     /// Whether the next `KVM_RUN` is to come back at once. Stores are made under the lock of `shared.rs`, which orders

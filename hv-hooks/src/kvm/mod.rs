@@ -41,7 +41,6 @@ mod fresh;
 mod guest_ram;
 mod host;
 mod kick;
-mod mapping;
 mod port;
 mod ram;
 mod registers;

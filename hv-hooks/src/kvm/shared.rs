@@ -41,9 +41,9 @@ use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use guest::{GuestVirt, Hook, HookKind, Registers, Stop, StopReason, Vcpu};
+use guest::{GuestVirt, Hook, Registers, Stop, StopReason, Vcpu};
 
-use super::debug::{DEBUG_REGISTERS, Program};
+use super::debug::Program;
 use super::kick::{RunPage, Thread};
 use crate::Error;
 
@@ -174,17 +174,6 @@ impl State {
     /// The hook at an address.
     pub(super) fn hook_at(&self, at: GuestVirt) -> Option<Hook> {
         self.hooks.iter().find(|hook| hook.at == at).copied()
-    }
-
-    /// The hook that is to give way to a call's end, if debug registers are short. A stack overflow is reported by
-    /// `exc_double_fault()` before `handle_stack_overflow()` or, where that is called for a page fault, by the
-    /// `oops_begin()` it leads to (arch/x86/mm/fault.c, `page_fault_oops()`); and a call has a stack of its own.
-    pub(super) fn lend(&self) -> Result<Option<Hook>, Error> {
-        if self.hooks.len() < DEBUG_REGISTERS {
-            return Ok(None);
-        }
-        let lent = self.hooks.iter().find(|hook| hook.kind == HookKind::StackOverflow);
-        lent.map(|hook| Some(*hook)).ok_or(Error::NoDebugRegister)
     }
 
     /// Other hooks are in place, or none: what was met at one that is no more is void.

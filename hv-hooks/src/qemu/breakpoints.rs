@@ -1,10 +1,10 @@
 //! How a hook is armed. [`HookPlacement`] is all the rest knows of it; hardware breakpoints of the gdb stub are
 //! one way, code that the hypervisor places at the hook would be another.
 
-use guest::{GuestVirt, Hook, HookKind, Vcpu};
+use guest::{GuestVirt, Hook, Vcpu};
 
 use super::stub::Stub;
-use crate::Error;
+use crate::{Error, debug_registers};
 
 /// A way to make the machine stop when a vCPU reaches a hook. The machine stands at each call.
 pub(crate) trait HookPlacement: Send {
@@ -17,15 +17,12 @@ pub(crate) trait HookPlacement: Send {
     /// The hook that a vCPU stands on which was stopped by it with this instruction pointer.
     fn hook_at(&self, rip: GuestVirt) -> Option<Hook>;
 
-    /// The hook that can be without its breakpoint for a moment, if breakpoints are short with it in place.
-    fn dispensable(&self) -> Option<Hook>;
+    /// The hook that is to be without its breakpoint while a call's end has one, if breakpoints are short.
+    fn lend(&self) -> Result<Option<Hook>, Error>;
 
     /// Lets a vCPU that stands on a hook execute the first instruction of the function, the others standing.
     fn pass(&mut self, stub: &mut Stub, vcpu: Vcpu, hook: Hook) -> Result<(), Error>;
 }
-
-/// Address registers DR0 to DR3 (Intel SDM 3B 18.2.1).
-const DEBUG_REGISTERS: usize = 4;
 
 /// Hardware breakpoints (`Z1`): debug registers under KVM, of which a CPU has four; any number under TCG.
 #[derive(Default)]
@@ -69,11 +66,8 @@ impl HookPlacement for HardwareBreakpoints {
         self.armed.iter().find(|hook| hook.at == rip).copied()
     }
 
-    /// A stack overflow is reported by exc_double_fault() before handle_stack_overflow() or, where that is
-    /// called for a page fault, by the oops_begin() it leads to (arch/x86/mm/fault.c, page_fault_oops()).
-    fn dispensable(&self) -> Option<Hook> {
-        let full = self.armed.len() >= DEBUG_REGISTERS;
-        self.armed.iter().find(|hook| full && hook.kind == HookKind::StackOverflow).copied()
+    fn lend(&self) -> Result<Option<Hook>, Error> {
+        debug_registers::lend(&self.armed)
     }
 
     /// A vCPU that is resumed on a breakpoint reports it again at once (accel/tcg/cpu-exec.c,

@@ -14,8 +14,9 @@ use super::breakpoints::{clear, set};
 use super::qmp::Event;
 use super::rsp::{SIGNAL_TRAP, StopReply};
 use super::socket::wait_readable;
-use super::{MAX_EVENTS, Qemu, deadline};
+use super::{MAX_EVENTS, Qemu};
 use crate::Error;
+use crate::deadline::deadline;
 
 /// gdb's number for "quit", which QEMU's stub uses for a machine that was shut down.
 const SIGNAL_QUIT: u8 = 3;
@@ -91,7 +92,7 @@ impl Qemu {
     /// Under KVM a breakpoint is a debug register, and hooks may have all of them: one gives way to a call's
     /// end, if need be.
     fn lend_breakpoint(&mut self) -> Result<Option<Hook>, Error> {
-        let lent = if self.translates { None } else { self.placement.dispensable() };
+        let lent = if self.translates { None } else { self.placement.lend()? };
         if let Some(hook) = lent {
             self.stub.order(&[clear(hook.at)])?;
         }

@@ -3,7 +3,7 @@
 //! one part each; `control.rs` has those that wait.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use guest::{
     Call, Control, FreshKind, FreshMemory, FreshRegion, GuestPhys, Hook, Hooks, Machine,
@@ -288,10 +288,4 @@ impl FreshMemory for Qemu {
 /// The order in which fresh memory is looked for if nothing else is said.
 fn default_order() -> Vec<FreshKind> {
     vec![FreshKind::HotAdded, FreshKind::FirmwareTail]
-}
-
-/// A deadline this far from now; a limit past what the clock can tell is an hour.
-fn deadline(limit: Duration) -> Instant {
-    let now = Instant::now();
-    now.checked_add(limit).unwrap_or(now + Duration::from_secs(3600))
 }

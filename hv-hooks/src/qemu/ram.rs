@@ -1,116 +1,28 @@
 //! Guest RAM: where each range lies on the host, reading and writing it. Shared RAM is mapped; any other is
-//! accessed through system calls. The only file of the crate with `unsafe`.
-#![allow(unsafe_code, reason = "guest memory is a mapping shared with another process")]
+//! accessed through system calls.
+#![allow(unsafe_code, reason = "process_vm_readv and process_vm_writev")]
 
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use guest::{GuestPhys, HostVirt, MemoryError, PhysMemory};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::mm::{MapFlags, ProtFlags};
 
 use super::process::{Process, Vma};
 use crate::Error;
+use crate::mapping::Mapping;
 
-/// A shared mapping of the file behind guest RAM.
-struct Mapping {
-    start: *mut u8,
-    len: usize,
-}
-
-// SAFETY: the pointer is only used through `read` and `write`, which make no references to what it points to.
-unsafe impl Send for Mapping {}
-// SAFETY: as above; concurrent copies race as they do with the guest itself, which may write at any time.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    /// Maps the file behind a mapping of QEMU's; `None` when it is private or its file can't be had.
-    fn of(process: Process, vma: &Vma) -> Option<Self> {
-        let len = usize::try_from(vma.end.0.checked_sub(vma.start.0)?).ok()?;
-        let file = vma.shared.then(|| process.open_file_of(vma))??;
-        // A page past the end of the file would be a bus error here, not an error code.
-        let size = file.metadata().ok()?.len();
-        if vma.offset.checked_add(len as u64)? > size {
-            return None;
-        }
-        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing of this process.
-        let start = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                &file,
-                vma.offset,
-            )
-        };
-        Some(Self { start: start.ok()?.cast(), len })
+/// Maps the file behind a mapping of QEMU's; `None` when it is private or its file can't be had.
+fn map_file(process: Process, vma: &Vma) -> Option<Mapping> {
+    let len = usize::try_from(vma.end.0.checked_sub(vma.start.0)?).ok()?;
+    let file = vma.shared.then(|| process.open_file_of(vma))??;
+    // A page past the end of the file would be a bus error here, not an error code.
+    let size = file.metadata().ok()?.len();
+    if vma.offset.checked_add(len as u64)? > size {
+        return None;
     }
-
-    /// Whether `len` bytes at `offset` lie inside.
-    fn holds(&self, offset: usize, len: usize) -> bool {
-        offset.checked_add(len).is_some_and(|end| end <= self.len)
-    }
-
-    /// Copies out. Aligned words are read in one go, so that a page-table entry is never half old.
-    fn read(&self, offset: usize, into: &mut [u8]) -> bool {
-        if !self.holds(offset, into.len()) {
-            return false;
-        }
-        // SAFETY: offset + len <= self.len was checked, so the result stays inside the mapping.
-        let from = unsafe { self.start.add(offset) };
-        match into.len() {
-            8 if from.addr() % 8 == 0 => {
-                // SAFETY: valid for 8 bytes (checked), aligned (checked), and only accessed atomically or by
-                // raw copies.
-                let word = unsafe { AtomicU64::from_ptr(from.cast()) }.load(Ordering::Relaxed);
-                into.copy_from_slice(&word.to_ne_bytes());
-            }
-            4 if from.addr() % 4 == 0 => {
-                // SAFETY: as above, for 4 bytes.
-                let word = unsafe { AtomicU32::from_ptr(from.cast()) }.load(Ordering::Relaxed);
-                into.copy_from_slice(&word.to_ne_bytes());
-            }
-            // SAFETY: `from` is valid for len bytes (checked); `into` is memory of ours, so they don't overlap.
-            len => unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), len) },
-        }
-        true
-    }
-
-    /// Copies in, with the same rule for words.
-    fn write(&self, offset: usize, bytes: &[u8]) -> bool {
-        if !self.holds(offset, bytes.len()) {
-            return false;
-        }
-        // SAFETY: offset + len <= self.len was checked, so the result stays inside the mapping.
-        let to = unsafe { self.start.add(offset) };
-        match *bytes {
-            [a, b, c, d, e, f, g, h] if to.addr() % 8 == 0 => {
-                let word = u64::from_ne_bytes([a, b, c, d, e, f, g, h]);
-                // SAFETY: valid for 8 bytes (checked), aligned (checked), and only accessed atomically or by
-                // raw copies.
-                unsafe { AtomicU64::from_ptr(to.cast()) }.store(word, Ordering::Relaxed);
-            }
-            [a, b, c, d] if to.addr() % 4 == 0 => {
-                let word = u32::from_ne_bytes([a, b, c, d]);
-                // SAFETY: as above, for 4 bytes.
-                unsafe { AtomicU32::from_ptr(to.cast()) }.store(word, Ordering::Relaxed);
-            }
-            // SAFETY: `to` is valid for len bytes (checked); `bytes` is memory of ours, so they don't overlap.
-            _ => unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) },
-        }
-        true
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: exactly the range that `of` mapped; nothing points into it, `self` is going away. A failure
-        // would only leave address space in use.
-        let _ = unsafe { rustix::mm::munmap(self.start.cast(), self.len) };
-    }
+    Mapping::of(&file, vma.offset, len).ok()
 }
 
 /// How the bytes of a range are reached.
@@ -167,7 +79,7 @@ impl GuestRam {
             let mapping = match mapped.iter().find(|(start, _)| *start == vma.start) {
                 Some((_, mapping)) => mapping.clone(),
                 None => {
-                    let mapping = Mapping::of(self.process, vma).map(Arc::new);
+                    let mapping = map_file(self.process, vma).map(Arc::new);
                     mapped.push((vma.start, mapping.clone()));
                     mapping
                 }
@@ -176,7 +88,7 @@ impl GuestRam {
             let offset = host.0 - vma.start.0;
             // A range that spans several mappings (rare: bound to several NUMA nodes) goes the other way.
             let backing = match mapping {
-                Some(mapping) if offset.saturating_add(len) <= mapping.len as u64 => {
+                Some(mapping) if offset.saturating_add(len) <= mapping.len() as u64 => {
                     Backing::Mapped(mapping, offset as usize)
                 }
                 _ => Backing::Remote(*host),
@@ -370,19 +282,13 @@ mod tests {
     fn shared_mapping() -> (Mapping, Vma) {
         let file = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&file, 8192).unwrap();
-        let flags = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping, replaces nothing.
-        let start = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), 8192, flags, MapFlags::SHARED, &file, 0)
-        };
-        let start = start.unwrap();
         // The file stays open behind the mapping.
-        std::mem::forget(file);
+        let theirs = Mapping::of(&file, 0, 8192).unwrap();
         let process = Process::find(std::process::id()).unwrap();
         let vmas = process.mappings().unwrap();
-        let address = HostVirt(start.addr() as u64);
+        let address = theirs.address();
         let vma = vmas.into_iter().find(|vma| vma.start <= address && address < vma.end).unwrap();
-        (Mapping { start: start.cast(), len: 8192 }, vma)
+        (theirs, vma)
     }
 
     #[test]
@@ -410,7 +316,7 @@ mod tests {
     #[test]
     fn shared_files_are_mapped_a_second_time() {
         let (theirs, vma) = shared_mapping();
-        let ours = Mapping::of(Process::find(std::process::id()).unwrap(), &vma).unwrap();
+        let ours = map_file(Process::find(std::process::id()).unwrap(), &vma).unwrap();
         assert!(theirs.write(16, &7u64.to_le_bytes()));
         assert!(theirs.write(25, &[9, 9, 9]));
         let mut word = [0; 8];

@@ -1,17 +1,13 @@
 //! The `minimal-vmm` command: arguments, and a guard whose events go to the screen.
 
-use std::env;
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread::JoinHandle;
-use std::time::Instant;
 
 use clap::Parser;
-use guard::{KnowledgeSources, Observer, Options};
+use guard::{EventLines, KnowledgeSources, Observer, Options, in_one_line};
 use minimal_vmm::guard_thread::{self, Tally};
 use minimal_vmm::{Config, Exit, Result, SerialEnd, Vmm};
-use serde_json::{Map, Value, json};
 
 /// Exit codes, printed under `--help`.
 const EXIT_CODES: &str = "Exit codes:
@@ -112,25 +108,19 @@ type GuardThread = JoinHandle<std::result::Result<Tally, guard::Error>>;
 
 fn start_guard(arguments: &Arguments, vmm: &mut Vmm) -> Result<GuardThread> {
     let machine = vmm.guard()?;
+    let cache = arguments.cache.clone().unwrap_or_else(KnowledgeSources::default_cache);
     let options = Options {
         knowledge: KnowledgeSources {
             vmlinux: arguments.vmlinux.clone(),
             debug_dirs: arguments.debug_dir.clone(),
-            cache: arguments.cache.clone().or_else(user_cache),
+            cache: Some(cache),
         },
         incidents: arguments.incidents.clone(),
         ..Options::default()
     };
-    let (json, start) = (arguments.json, Instant::now());
-    let observer = move || Box::new(Screen { json, start }) as Box<dyn Observer + Send>;
+    let lines = EventLines::new(arguments.json);
+    let observer = move || Box::new(lines.clone()) as Box<dyn Observer + Send>;
     guard_thread::start(machine, options, observer, vmm.has_ended())
-}
-
-/// Where `defib` keeps its kernel layers too.
-fn user_cache() -> Option<PathBuf> {
-    let home = || Some(PathBuf::from(env::var_os("HOME")?).join(".cache"));
-    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home)?;
-    Some(cache.join("defib"))
 }
 
 /// What the guard did; a guard that failed is told and loses nothing: the guest ran on without it.
@@ -141,37 +131,4 @@ fn end_of_guard(guard: GuardThread) -> Tally {
         Err(_) => eprintln!("minimal-vmm: the guard's thread panicked"),
     }
     Tally::default()
-}
-
-fn in_one_line(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
-}
-
-/// Events as `defib guard` prints them.
-struct Screen {
-    json: bool,
-    start: Instant,
-}
-
-impl Observer for Screen {
-    fn event(&mut self, event: &str, fields: Value, text: &str) -> io::Result<()> {
-        let since = self.start.elapsed();
-        if !self.json {
-            if !text.is_empty() {
-                eprintln!("[{:>10.3} s] {text}", since.as_secs_f64());
-            }
-            return Ok(());
-        }
-        let mut object = Map::new();
-        object.insert("event".into(), json!(event));
-        object.insert("t_us".into(), json!(u64::try_from(since.as_micros()).unwrap_or(u64::MAX)));
-        if let Value::Object(fields) = fields {
-            object.extend(fields);
-        }
-        let mut stdout = io::stdout().lock();
-        serde_json::to_writer(&mut stdout, &Value::Object(object))?;
-        stdout.write_all(b"\n")?;
-        stdout.flush()
-    }
 }

@@ -1,19 +1,21 @@
-//! What `defib guard` says while it runs: JSON lines on stdout, or plain lines for people on stderr.
+//! An observer that prints: JSON lines on stdout, or plain lines for people on stderr. What there is to say is the
+//! guard's.
 
 use std::io::Write;
 use std::time::Instant;
 
-use guard::Observer;
 use serde_json::{Map, Value, json};
 
-/// Where events go.
-#[derive(Clone)]
-pub struct Events {
+use crate::Observer;
+
+/// Prints events, one a line.
+#[derive(Clone, Debug)]
+pub struct EventLines {
     json: bool,
     start: Instant,
 }
 
-impl Events {
+impl EventLines {
     /// JSON lines when `json`, else text.
     #[must_use]
     pub fn new(json: bool) -> Self {
@@ -47,7 +49,7 @@ impl Events {
     }
 }
 
-impl Observer for Events {
+impl Observer for EventLines {
     fn event(&mut self, event: &str, fields: Value, text: &str) -> std::io::Result<()> {
         self.say(event, fields, text)
     }
