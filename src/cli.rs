@@ -181,25 +181,100 @@ pub enum CorpusAction {
     /// List the cases.
     List,
     /// Run cases on lab VMs under guard and print what was saved.
-    Run {
-        /// Names of cases; all when none is given.
-        cases: Vec<String>,
-        /// Kernel of the guest.
-        #[arg(long, default_value = "6.1")]
-        kernel: String,
-        /// What the guests run on.
-        #[arg(long, value_enum, default_value_t = On::Auto)]
-        on: On,
-        /// The minimal VMM's program, for `--on vmm`; else it is looked for beside this one.
-        #[arg(long, value_name = "FILE")]
-        vmm: Option<PathBuf>,
-        /// Number of vCPUs.
-        #[arg(long, default_value_t = 2)]
-        vcpus: u32,
-        /// One JSON object per case on stdout.
-        #[arg(long)]
-        json: bool,
-    },
+    Run(RunArguments),
+    /// Change instructions of loaded drivers while a workload uses them, and print what came of each change.
+    Inject(InjectArguments),
+    /// Many crashes one after the other on one VM under one guard.
+    Sitting(SittingArguments),
+}
+
+/// What a lab guest is made of.
+#[derive(Clone, Debug, Args)]
+pub struct LabArguments {
+    /// Kernel of the guest: 6.1, 6.12, or what else `scripts/setup` was asked for (6.1-generic, 6.12-generic).
+    #[arg(long, default_value = "6.1")]
+    pub kernel: String,
+    /// Number of vCPUs.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=4))]
+    pub vcpus: u32,
+    /// Memory in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 256,
+          value_parser = clap::value_parser!(u64).range(256..=16384))]
+    pub memory: u64,
+}
+
+/// Arguments of `defib corpus run`.
+#[derive(Debug, Args)]
+pub struct RunArguments {
+    /// Names of cases; all when none is given.
+    pub cases: Vec<String>,
+    /// The guest.
+    #[command(flatten)]
+    pub lab: LabArguments,
+    /// What the guests run on.
+    #[arg(long, value_enum, default_value_t = On::Auto)]
+    pub on: On,
+    /// The minimal VMM's program, for `--on vmm`; else it is looked for beside this one.
+    #[arg(long, value_name = "FILE")]
+    pub vmm: Option<PathBuf>,
+    /// Run each case without guard too, with kernel.panic_on_oops=1 and =0.
+    #[arg(long)]
+    pub stock: bool,
+    /// Guests that run at a time.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub jobs: u8,
+    /// One JSON object per case on stdout, and one with the sums.
+    #[arg(long)]
+    pub json: bool,
+    /// Write the results as a page.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+}
+
+/// Arguments of `defib corpus inject`.
+#[derive(Debug, Args)]
+pub struct InjectArguments {
+    /// The guest.
+    #[command(flatten)]
+    pub lab: LabArguments,
+    /// Which changes: the same seed gives the same ones.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// How many changes.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub count: u64,
+    /// Number of the first one, to go on with a series.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub from: u64,
+    /// Only this driver; may be repeated.
+    #[arg(long, value_name = "NAME")]
+    pub driver: Vec<String>,
+    /// One JSON object per change on stdout, and one with the sums.
+    #[arg(long)]
+    pub json: bool,
+    /// Write the results as a page.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+}
+
+/// Arguments of `defib corpus sitting`.
+#[derive(Debug, Args)]
+pub struct SittingArguments {
+    /// The guest.
+    #[command(flatten)]
+    pub lab: LabArguments,
+    /// Which crashes, in which order: the same seed gives the same ones.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// How many crashes.
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub count: u64,
+    /// One JSON object per crash on stdout, and one with the sums.
+    #[arg(long)]
+    pub json: bool,
+    /// Write the results as a page.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 /// What the corpus' guests run on.

@@ -128,6 +128,9 @@ fn print_report(report: &Verification) {
         let why = page.legitimate_reason().unwrap_or("no legitimate reason known");
         println!("  {:#x} {}: {why}", page.at, page.symbols.join(" "));
     }
+    for piece in &report.damage {
+        println!("  {}", piece.words());
+    }
     if !report.gates.is_empty() {
         println!("IDT gates that differ: {:?}", report.gates);
     }

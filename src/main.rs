@@ -5,9 +5,11 @@ mod corpus_command;
 mod demo;
 mod guard_command;
 mod image;
+mod injections;
 mod knowledge;
 mod plan;
 mod signals;
+mod sitting;
 mod target;
 
 use std::process::ExitCode;

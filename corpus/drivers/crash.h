@@ -26,6 +26,7 @@
 
 #define CRASH_IOC_RUN _IO('c', 1)
 #define CRASH_IOC_DAMAGE_PIPE _IOW('c', 2, int)
+#define CRASH_IOC_DAMAGE_FILE _IOW('c', 3, int)
 #define CRASH_NAME_MAX 48
 
 /* How long a lock may be busy with honest users before the self-check calls it lost. */

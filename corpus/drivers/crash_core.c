@@ -9,8 +9,11 @@
 #include <linux/miscdevice.h>
 #include <linux/module.h>
 #include <linux/nsproxy.h>
+#include <linux/net.h>
 #include <linux/pipe_fs_i.h>
+#include <linux/seq_file.h>
 #include <linux/utsname.h>
+#include <net/sock.h>
 
 #include "crash.h"
 
@@ -72,6 +75,63 @@ static int damage_pipe(int fd)
 	return error;
 }
 
+/* Operations of one file and one socket, changed at one place. */
+static struct file_operations changed_operations;
+static struct proto changed_protocol;
+static unsigned long no_code[4];
+static char armed[CRASH_NAME_MAX];
+
+/* read() then calls data. Everything else of the file works as before. */
+static int damage_operations_of(struct file *file)
+{
+	changed_operations = *file->f_op;
+	changed_operations.read_iter = NULL;
+	changed_operations.read = (void *)no_code;
+	file->f_op = &changed_operations;
+	return 0;
+}
+
+/* The file's show() in /proc then runs without the inode that it is about. */
+static int damage_sequence(struct file *file)
+{
+	struct seq_file *seq = file->private_data;
+
+	mutex_lock(&seq->lock);
+	seq->private = NULL;
+	mutex_unlock(&seq->lock);
+	return 0;
+}
+
+/* recvmsg() then calls through a missing pointer. */
+static int damage_protocol(struct file *file)
+{
+	struct socket *socket = sock_from_file(file);
+
+	if (!socket)
+		return -ENOTSOCK;
+	changed_protocol = *socket->sk->sk_prot;
+	changed_protocol.recvmsg = NULL;
+	WRITE_ONCE(socket->sk->sk_prot, &changed_protocol);
+	return 0;
+}
+
+static int damage_file(int fd)
+{
+	struct file *file = fget(fd);
+	int error = -EINVAL;
+
+	if (!file)
+		return -EBADF;
+	if (!strcmp(armed, "file-operations"))
+		error = damage_operations_of(file);
+	else if (!strcmp(armed, "proc-show"))
+		error = damage_sequence(file);
+	else if (!strcmp(armed, "socket"))
+		error = damage_protocol(file);
+	fput(file);
+	return error;
+}
+
 static ssize_t damage_write(struct file *file, const char __user *from, size_t count, loff_t *at)
 {
 	char name[CRASH_NAME_MAX];
@@ -79,6 +139,10 @@ static ssize_t damage_write(struct file *file, const char __user *from, size_t c
 
 	if (error)
 		return error;
+	if (!strncmp(name, "arm:", 4)) {
+		strscpy(armed, name + 4, sizeof(armed));
+		return count;
+	}
 	if (!strcmp(name, "getcwd"))
 		error = damage_working_directory();
 	else if (!strcmp(name, "uname"))
@@ -92,11 +156,11 @@ static long damage_ioctl(struct file *file, unsigned int command, unsigned long 
 {
 	int fd;
 
-	if (command != CRASH_IOC_DAMAGE_PIPE)
+	if (command != CRASH_IOC_DAMAGE_PIPE && command != CRASH_IOC_DAMAGE_FILE)
 		return -ENOTTY;
 	if (copy_from_user(&fd, (int __user *)argument, sizeof(fd)))
 		return -EFAULT;
-	return damage_pipe(fd);
+	return command == CRASH_IOC_DAMAGE_PIPE ? damage_pipe(fd) : damage_file(fd);
 }
 
 static ssize_t damage_read(struct file *file, char __user *to, size_t count, loff_t *at)

@@ -7,6 +7,7 @@
  */
 #define _GNU_SOURCE
 #include "agent.h"
+#include "trigger.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -22,10 +23,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* ioctl numbers of the drivers: see drivers/crash.h. */
-#define CRASH_IOC_RUN _IO('c', 1)
-#define CRASH_IOC_DAMAGE_PIPE _IOW('c', 2, int)
-
 /* What one process saw; it goes through a pipe to the agent. */
 struct sight {
 	long value;       /* the call's return value */
@@ -34,13 +31,7 @@ struct sight {
 	char self[96];    /* the driver's self-check, done by the same process afterwards */
 };
 
-struct run {
-	const char *device;
-	const char *test;
-	int fd;           /* the open device */
-};
-
-static long put(struct run *r, const char *prefix)
+long put(struct run *r, const char *prefix)
 {
 	char text[96];
 	int n = snprintf(text, sizeof(text), "%s%s", prefix, r->test);
@@ -257,6 +248,11 @@ static const struct {
 	{ "busy", run_busy },             { "idle", run_idle },       { "getcwd", run_getcwd },
 	{ "release", run_release },       { "uname", run_uname },     { "pipe-read", run_pipe_read },
 	{ "pipe-write", run_pipe_write },
+	{ "getpriority", run_getpriority }, { "eventfd", run_eventfd }, { "warn", run_warn },       { "sysrq", run_sysrq },
+	{ "sethostname", run_sethostname },
+	{ "damaged-file", run_damaged_file }, { "damaged-socket", run_damaged_socket },
+	/* The operation of a name with a colon. */
+	{ ":", run_verb },
 };
 
 static void self_check(const char *device, char *text, size_t size)
@@ -288,7 +284,8 @@ static void act(size_t operation, struct run *r, int out)
 	r->fd = open(path, O_RDWR);
 	start = now_us();
 	errno = 0;
-	s.value = r->fd < 0 ? -1 : operations[operation].run(r);
+	/* A shell command may be what brings the device. */
+	s.value = r->fd < 0 && !r->place ? -1 : operations[operation].run(r);
 	s.error = s.value < 0 ? errno : 0;
 	s.us = now_us() - start;
 	self_check(r->device, s.self, sizeof(s.self));
@@ -297,13 +294,25 @@ static void act(size_t operation, struct run *r, int out)
 	_exit(0);
 }
 
+static int find_operation(const char *name)
+{
+	if (strchr(name, ':'))
+		name = ":";
+	for (size_t i = 0; i < sizeof(operations) / sizeof(operations[0]); i++)
+		if (!strcmp(operations[i].name, name))
+			return (int)i;
+	return -1;
+}
+
 struct child {
 	pid_t pid;
 	int in;           /* reads the sight */
 };
 
-static struct child begin(size_t operation, const char *device, const char *test, int cpu)
+static struct child begin(const char *name, const char *device, const char *test, int cpu)
 {
+	size_t operation = (size_t)find_operation(name);
+	const char *colon = strchr(name, ':');
 	struct child c = { -1, -1 };
 	int ends[2];
 
@@ -311,7 +320,7 @@ static struct child begin(size_t operation, const char *device, const char *test
 		return c;
 	c.pid = fork();
 	if (c.pid == 0) {
-		struct run r = { device, test, -1 };
+		struct run r = { device, test, colon ? colon + 1 : NULL, name, -1 };
 
 		signal(SIGPIPE, SIG_DFL);
 		pin(cpu);
@@ -361,21 +370,12 @@ static void finish(struct answer *a, const char *prefix, struct child c, long lo
 		close(c.in);
 }
 
-static int find_operation(const char *name)
-{
-	for (size_t i = 0; i < sizeof(operations) / sizeof(operations[0]); i++)
-		if (!strcmp(operations[i].name, name))
-			return (int)i;
-	return -1;
-}
-
 /* crash DEVICE OPERATION CASE [MS] | crash DEVICE pair CASE,CASE2 [MS]: two processes, one lock. */
 void command_crash(struct answer *a, int argc, char **argv)
 {
 	long long deadline = now_us() + 1000 * (argc > 4 ? atoll(argv[4]) : 10000);
 	struct child first, second;
 	char *comma;
-	int operation;
 
 	if (argc < 4) {
 		fail(a, "crash DEVICE OPERATION CASE [MS]");
@@ -384,22 +384,20 @@ void command_crash(struct answer *a, int argc, char **argv)
 	comma = strchr(argv[3], ',');
 	if (!strcmp(argv[2], "pair") && comma) {
 		*comma++ = 0;
-		operation = find_operation("write");
-		first = begin((size_t)operation, argv[1], argv[3], 0);
+		first = begin("write", argv[1], argv[3], 0);
 		usleep(50000);
-		second = begin((size_t)operation, argv[1], comma, 1);
+		second = begin("write", argv[1], comma, 1);
 		finish(a, "", first, deadline);
 		finish(a, "waiter_", second, deadline);
 		return;
 	}
-	operation = find_operation(argv[2]);
-	if (operation < 0) {
+	if (find_operation(argv[2]) < 0) {
 		fail(a, "no operation %s", argv[2]);
 		return;
 	}
 	/* The agent's own looking after the child must not keep the other processor from being idle. */
 	pin(0);
-	first = begin((size_t)operation, argv[1], argv[3], 0);
+	first = begin(argv[2], argv[1], argv[3], 0);
 	finish(a, "", first, deadline);
 }
 

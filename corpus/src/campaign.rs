@@ -2,6 +2,8 @@
 //! guard's diagnosis says what the case expects.
 
 pub(crate) mod names;
+mod page;
+mod tally;
 
 use std::time::Duration;
 
@@ -11,7 +13,10 @@ use crate::Result;
 use crate::guarded::{Guard, GuardConfig};
 use crate::lab::{Agent, Snapshot, Vm, VmmConfig, VmmGuest};
 use crate::scenario::{Blame, Case, Class, Resource};
+use crate::stock::Courses;
 use names::text;
+pub use page::page;
+pub use tally::{Row, StockRow, Tally, percentile, share};
 
 /// How long a guard may take to learn a kernel that it has never seen.
 const ATTACH_LIMIT: Duration = Duration::from_secs(120);
@@ -28,6 +33,10 @@ const EDU_DRIVER: &str = "crash_irq";
 pub struct Verdict {
     /// The case's name.
     pub name: &'static str,
+    /// The class that the case expects.
+    pub class: String,
+    /// Where the fault happens.
+    pub context: String,
     /// What became of the guest.
     pub outcome: Outcome,
     /// Rung that was taken.
@@ -38,6 +47,34 @@ pub struct Verdict {
     pub title: String,
     /// What the diagnosis says otherwise than the case expects.
     pub differences: Vec<String>,
+    /// What the same crash does without guard, when that was tried.
+    pub stock: Option<Courses>,
+}
+
+/// What a crash cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// A failed call at most.
+    Saved,
+    /// A driver or a process.
+    SavedWithLoss,
+    /// The guest, knowingly.
+    Refused,
+    /// What should not have happened.
+    Wrong,
+}
+
+impl Fate {
+    /// As it is printed.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Saved => "saved",
+            Self::SavedWithLoss => "saved with loss",
+            Self::Refused => "refused",
+            Self::Wrong => "wrong",
+        }
+    }
 }
 
 /// What became of the guest.
@@ -52,6 +89,18 @@ pub enum Outcome {
 }
 
 impl Verdict {
+    /// What the crash cost.
+    #[must_use]
+    pub fn fate(&self) -> Fate {
+        match (&self.outcome, self.rung) {
+            // Rung 2 gives up a driver, rung 3 a process.
+            (Outcome::Saved, Some(2 | 3)) => Fate::SavedWithLoss,
+            (Outcome::Saved, _) => Fate::Saved,
+            (Outcome::Refused(_), _) => Fate::Refused,
+            (Outcome::Wrong(_), _) => Fate::Wrong,
+        }
+    }
+
     /// Whether everything is as the case expects.
     #[must_use]
     pub fn passed(&self) -> bool {
@@ -162,11 +211,14 @@ pub fn run(case: &'static Case, stand: &Stand, guard: &GuardConfig) -> Result<Ve
     let end = guard.await_any(&["repaired", "refused"], CRASH_LIMIT)?;
     let mut verdict = Verdict {
         name: case.name,
+        class: format!("{:?}", case.class),
+        context: format!("{:?}", case.context),
         outcome: Outcome::Saved,
         rung: end.get("rung").and_then(Value::as_u64),
         downtime: end.get("downtime_us").and_then(Value::as_u64).map(Duration::from_micros),
         title: text(&diagnosis, "/title"),
         differences: differences(case, &diagnosis, &end)?,
+        stock: None,
     };
     if text(&end, "/event") == "refused" {
         verdict.outcome = Outcome::Refused(refusals(&end, &plan));
@@ -202,7 +254,7 @@ fn refusals(end: &Value, plan: &Value) -> String {
 }
 
 /// What the processes saw otherwise than they must.
-fn sights(case: &Case, answer: &crate::lab::Answer) -> Vec<String> {
+pub(crate) fn sights(case: &Case, answer: &crate::lab::Answer) -> Vec<String> {
     let mut wrong = Vec::new();
     if !case.sees.is_shown_by(answer, "") {
         wrong.push(format!("the process saw {:?}, not {:?}", answer.text(), case.sees));
@@ -232,23 +284,31 @@ fn aftermath(case: &Case, agent: &mut crate::lab::Agent) -> Vec<String> {
         answer.number("errors").is_ok_and(|n| n == 0)
             && answer.number("stalled").is_ok_and(|n| n == 0)
     });
-    // report_bug() prints its line before the kernel knows whether it is going to oops.
-    let announced = matches!(case.class, Class::Bug | Class::ListCorruption | Class::Usercopy);
-    // Since v6.5 do_user_addr_fault() warns of a fault with interrupts off before it oopses.
-    let warned = case.held.contains(&Resource::IrqsOff);
+    let (most, own) = own_lines(case);
     must("splats", &|answer| match answer.number("splats") {
         Ok(0) => true,
-        Ok(1) if warned => answer.text().contains("fault.c"),
-        // A list check prints a line of its own besides.
-        Ok(1 | 2) => {
-            announced
-                && ["kernel BUG at", "list_del corruption"]
-                    .iter()
-                    .any(|line| answer.text().contains(line))
-        }
-        _ => false,
+        Ok(count) => count <= most && own.iter().any(|line| answer.text().contains(line)),
+        Err(_) => false,
     });
     wrong
+}
+
+/// What the kernel has written about the crash itself before it came to the hook: lines at most, and what the first
+/// must hold.
+fn own_lines(case: &Case) -> (i64, &'static [&'static str]) {
+    use Class::{Bug, DoubleFree, Fortify, ListCorruption, Usercopy, Warning};
+    match case.class {
+        // report_bug() prints its line before the kernel knows whether it is going to oops; a check of lists prints
+        // one of its own besides.
+        Bug | ListCorruption | Usercopy | DoubleFree | Fortify => {
+            (2, &["kernel BUG at", "list_del corruption", "list_add corruption"])
+        }
+        // The warning is the crash.
+        Warning => (1, &["WARNING: CPU"]),
+        // Since v6.5 do_user_addr_fault() warns of a fault with interrupts off before it oopses.
+        _ if case.held.contains(&Resource::IrqsOff) => (1, &["fault.c"]),
+        _ => (0, &[]),
+    }
 }
 
 /// What the diagnosis says otherwise than the case expects.

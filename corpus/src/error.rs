@@ -108,6 +108,22 @@ pub enum Error {
         /// The guard's messages so far.
         said: String,
     },
+    /// A module's file is not what is expected of one.
+    #[error("module {name}: {reason}")]
+    Module {
+        /// The module, or a function of it.
+        name: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A guest for injections is not in the state that they start from.
+    #[error("the guest for {target} is not ready: {reason}")]
+    NotReady {
+        /// The driver.
+        target: String,
+        /// What is missing.
+        reason: String,
+    },
     /// A driver's source lacks the marker of a case, or has it twice.
     #[error("{driver}: the marker of case {case} is there {count} times")]
     Marker {

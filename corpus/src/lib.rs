@@ -20,8 +20,11 @@
 pub mod campaign;
 mod error;
 pub mod guarded;
+mod html;
+pub mod inject;
 pub mod lab;
 pub mod scenario;
+pub mod sitting;
 pub mod stock;
 pub mod tiny;
 

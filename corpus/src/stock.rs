@@ -1,5 +1,6 @@
-//! What a case does to a stock guest that nobody guards: it must go down, and its own oops text must
-//! name the function that the case expects. The measure for everything a repair is compared with.
+//! What a case does to a stock guest that nobody guards: the measure for everything a repair is compared
+//! with. Once as the lab's kernels are set (it must go down, and its own oops text must name the function
+//! that the case expects), and once as distributions set theirs, where a guest may go on damaged.
 
 use std::time::Duration;
 use std::time::Instant;
@@ -31,6 +32,98 @@ pub fn config(mut config: VmConfig) -> VmConfig {
     config.panic_timeout = -1;
     config.reboot = false;
     config
+}
+
+/// How long a guest that may go on is waited for, and how long the crashing process, in milliseconds.
+const COURSE_LIMIT: Duration = Duration::from_secs(12);
+const PROCESS_LIMIT: u64 = 4000;
+/// How long QEMU may take to end after its connections did.
+const END_LIMIT: Duration = Duration::from_millis(300);
+/// How long a command afterwards may take before the guest counts as hung.
+const AFTER_LIMIT: Duration = Duration::from_secs(15);
+
+/// What became of a guest that nobody guards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Course {
+    /// The kernel panicked.
+    WentDown,
+    /// Nothing answers any more.
+    Hung,
+    /// It goes on, but what the crash left behind (locks, a count, a process that waits) does harm.
+    Damaged(String),
+    /// It goes on as before.
+    Clean,
+}
+
+impl std::fmt::Display for Course {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::WentDown => f.write_str("went down"),
+            Self::Hung => f.write_str("hung"),
+            Self::Damaged(why) => write!(f, "damaged: {why}"),
+            Self::Clean => f.write_str("went on"),
+        }
+    }
+}
+
+/// The same crash on two settings of `kernel.panic_on_oops`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Courses {
+    /// With 1.
+    pub strict: Course,
+    /// With 0.
+    pub lenient: Course,
+}
+
+/// Runs a case on fresh guests of any snapshot, with the workload running, and says what becomes of them.
+///
+/// # Errors
+/// When the lab fails, not when the guest does.
+pub fn courses(case: &Case, snapshot: &Snapshot) -> Result<Courses> {
+    Ok(Courses { strict: course(case, snapshot, true)?, lenient: course(case, snapshot, false)? })
+}
+
+fn course(case: &Case, snapshot: &Snapshot, panic_on_oops: bool) -> Result<Course> {
+    let mut vm = snapshot.restore()?;
+    // A panic ends QEMU at once: nothing else tells it from a guest that hangs.
+    let set = format!(
+        "exec echo {} >/proc/sys/kernel/panic_on_oops; echo -1 >/proc/sys/kernel/panic",
+        u8::from(panic_on_oops)
+    );
+    vm.agent().command(&set)?;
+    vm.agent().command("workload start")?;
+    vm.agent().command(&case.load_command())?;
+    let answered =
+        vm.agent().command_within(&case.crash_command(PROCESS_LIMIT), COURSE_LIMIT).is_ok();
+    if vm.wait_exit(if answered { Duration::ZERO } else { END_LIMIT })?.is_some() {
+        return Ok(Course::WentDown);
+    }
+    if !answered && vm.wait_for_agent(Duration::from_secs(3)).is_err() {
+        let down = vm.wait_exit(Duration::ZERO)?.is_some();
+        return Ok(if down { Course::WentDown } else { Course::Hung });
+    }
+    let mut damage = None;
+    for command in [case.check_command(), "workload verify 5000".to_owned()]
+        .into_iter()
+        .chain(case.after.iter().map(|&command| command.to_owned()))
+    {
+        match vm.agent().command_within(&command, AFTER_LIMIT) {
+            Ok(answer) if sound(&answer) => {}
+            Ok(answer) => damage = damage.or(Some(format!("{command}: {}", answer.text()))),
+            Err(Error::Agent { reason, .. }) if vm.wait_exit(END_LIMIT)?.is_none() => {
+                damage = damage.or(Some(format!("{command}: {reason}")));
+            }
+            Err(_) if vm.wait_exit(Duration::ZERO)?.is_some() => return Ok(Course::WentDown),
+            Err(_) => return Ok(Course::Hung),
+        }
+    }
+    Ok(damage.map_or(Course::Clean, Course::Damaged))
+}
+
+/// Whether a self-check, the workload or a command afterwards tells of no harm.
+fn sound(answer: &crate::lab::Answer) -> bool {
+    let zero = |field| answer.number(field).map_or(true, |n| n == 0);
+    !answer.text().starts_with("bad") && zero("errors") && zero("stalled")
 }
 
 /// Runs a case on a fresh guest of a snapshot that was made with [`config`].

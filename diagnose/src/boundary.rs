@@ -29,7 +29,7 @@ pub(crate) struct Scene<'a> {
 
 impl Scene<'_> {
     /// What the frames of `range` hold.
-    fn effects(
+    pub(crate) fn effects(
         &self,
         cache: &mut CodeCache,
         range: Range<usize>,
@@ -53,7 +53,7 @@ impl Scene<'_> {
     }
 
     /// First frame that can hold anything: after a call to a bad address, its caller.
-    fn innermost(&self) -> usize {
+    pub(crate) fn innermost(&self) -> usize {
         let next = self.fault.at.saturating_add(1);
         match self.fault.frames.get(next).map(|frame| frame.trust) {
             Some(Trust::BadCall) => next,
@@ -109,7 +109,7 @@ pub(crate) fn all_effects(scene: &Scene<'_>, cache: &mut CodeCache) -> Option<Fr
     complete.then(|| scene.effects(cache, range, context.interrupts_enabled))
 }
 
-fn missing_registers(frame: &Frame) -> Vec<&'static str> {
+pub(crate) fn missing_registers(frame: &Frame) -> Vec<&'static str> {
     let missing = NEEDED.iter().filter(|&&reg| frame.registers.get(reg).is_none());
     missing.map(|reg| reg.name()).collect()
 }

@@ -8,7 +8,7 @@ use crate::context::{Cpu, irq_stack_top};
 use crate::fault::Fault;
 use crate::kernel::Kernel;
 use crate::message::Bug;
-use crate::names::{Detector, function, is_panic};
+use crate::names::{Detector, function, functions, is_panic};
 use crate::{CrashClass, Frame};
 
 /// An access below this is a NULL dereference: PAGE_SIZE, as the kernel's own message has it
@@ -40,6 +40,9 @@ pub(crate) fn of(
     if reporting.iter().any(|frame| function(frame) == "handle_stack_overflow") {
         return Some(CrashClass::StackOverflow);
     }
+    if fault.frames.get(fault.at).is_some_and(takes_from_free_list) {
+        return Some(CrashClass::SlabCorruption);
+    }
     match fault.exception.as_deref() {
         Some("exc_page_fault") => of_page_fault(facts.access?, evidence),
         Some("exc_general_protection") => Some(CrashClass::GeneralProtection),
@@ -49,6 +52,32 @@ pub(crate) fn of(
         Some(other) => Some(CrashClass::Other { reporter: other.to_owned() }),
         None => of_caller(fault),
     }
+}
+
+/// Functions of mm/slub.c that follow a free list; they are inlined. `freelist_ptr_decode()` since v6.6.
+const FREE_LIST: [&str; 5] = [
+    "get_freepointer",
+    "get_freepointer_safe",
+    "freelist_dereference",
+    "freelist_ptr_decode",
+    "prefetch_freepointer",
+];
+/// How the functions are called that hand out objects.
+const ALLOCATES: [&str; 6] = [
+    "kmem_cache_alloc",
+    "__kmem_cache_alloc",
+    "__kmalloc",
+    "kmalloc",
+    "___slab_alloc",
+    "__slab_alloc",
+];
+
+/// Whether a frame faulted because a free list led it to no object. Whoever wrote there is long gone.
+pub(crate) fn takes_from_free_list(frame: &Frame) -> bool {
+    let name = function(frame);
+    frame.module.is_none()
+        && ALLOCATES.iter().any(|prefix| name.starts_with(prefix))
+        && functions(frame).any(|name| FREE_LIST.contains(&name))
 }
 
 fn of_detector(detector: Detector) -> CrashClass {
@@ -94,10 +123,14 @@ fn of_invalid_opcode(fault: &Fault, bug: Option<&Bug>, evidence: &mut Vec<String
     let place = bug.file.as_deref().unwrap_or("unknown file");
     evidence.push(format!("the bug table has an entry for it: {place}:{}", bug.line));
     if bug.warning {
-        // Only with panic_on_warn; the panic is what crashed it.
-        return CrashClass::Panic;
+        // Only with panic_on_warn or with more warnings than kernel.warn_limit.
+        return CrashClass::Warning;
     }
     let frame = fault.frames.get(fault.at).filter(|frame| frame.module.is_none());
+    // CONFIG_SLAB_FREELIST_HARDENED, mm/slub.c: an object that would become its own successor.
+    if frame.is_some_and(|frame| functions(frame).any(|name| name == "set_freepointer")) {
+        return CrashClass::DoubleFree;
+    }
     match frame.map(function).unwrap_or_default() {
         // Since v6.6 with the suffix `_or_report`.
         name if name.starts_with("__list_add_valid")
@@ -152,9 +185,8 @@ fn irq_stack(kernel: &Kernel<'_>, cpu: &Cpu) -> Option<GuestVirt> {
 /// No exception: `panic()` was called, or nothing crashed (a dump of a live guest).
 fn of_caller(fault: &Fault) -> Option<CrashClass> {
     let reporting: &[Frame] = fault.frames.get(..fault.at).unwrap_or_default();
-    let by = reporting.iter().rev().map(function).find(|name| *name == "__stack_chk_fail");
-    if let Some(reporter) = by {
-        return Some(CrashClass::Other { reporter: reporter.to_owned() });
+    if reporting.iter().any(|frame| function(frame) == "__stack_chk_fail") {
+        return Some(CrashClass::StackProtector);
     }
     reporting.iter().any(is_panic).then_some(CrashClass::Panic)
 }

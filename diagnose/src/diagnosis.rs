@@ -2,7 +2,7 @@
 //! Serialises to the documented JSON of an incident; addresses are hex strings.
 
 use guest::{CodeAddress, GuestVirt, Hook, Registers, Vcpu};
-use repair_image::{Prototype, SourceFrame};
+use repair_image::{Damage, Prototype, SourceFrame};
 use serde::Serialize;
 
 /// What kind of crash it is.
@@ -34,6 +34,14 @@ pub enum CrashClass {
     Usercopy,
     /// Fortified string function refused.
     Fortify,
+    /// The allocator found an object that is freed twice.
+    DoubleFree,
+    /// The allocator's free list leads to no object: whoever allocates runs into it.
+    SlabCorruption,
+    /// A function found the canary on its stack overwritten.
+    StackProtector,
+    /// `WARN()` in a guest that panics on warnings.
+    Warning,
     /// Kernel stack overflow.
     StackOverflow,
     /// A fault while an exception was delivered, not a stack overflow.
@@ -48,6 +56,20 @@ pub enum CrashClass {
     HungTask,
     /// The RCU stall detector called `panic()`.
     RcuStall,
+    /// A CPU does not leave a piece of code, interrupts on.
+    EndlessLoop,
+    /// The same with interrupts off.
+    EndlessLoopIrqsOff,
+    /// A CPU spins for a lock that its own frames hold.
+    SpinlockSelfDeadlock,
+    /// CPUs spin for locks that each other's frames hold.
+    SpinlockCycle,
+    /// Text of a function that the fault met is not what it was.
+    TextCorruption,
+    /// A word of read-only data that the fault met is not what it was.
+    ReadOnlyDataCorruption,
+    /// A gate of the IDT is not what it was.
+    IdtCorruption,
     /// Another exception.
     Other {
         /// Function that reported it.
@@ -356,8 +378,12 @@ pub struct Diagnosis {
     pub explanation: Option<Explanation>,
     /// Where an error could be returned to, if the offender is a driver.
     pub boundary: Option<Boundary>,
+    /// Calls on the way out that could be made to fail, innermost first, if the core kernel is at fault.
+    pub core_exits: Vec<Boundary>,
     /// What all frames from the fault to the outermost hold (for ending the task), in task context.
     pub all_effects: Option<FrameEffects>,
+    /// Text, read-only data and gates of the IDT that are not what they were, by address.
+    pub damage: Vec<Damage>,
     /// What the kernel's message says (`panic()` text, BUG file and line), if any.
     pub message: Option<String>,
 }

@@ -3,9 +3,9 @@
 
 use guest::{GuestVirt, Hook, HookKind, Reg, Registers};
 
-use crate::code::CodeCache;
+use crate::code::{CodeCache, SavedPlace, call_before, saved_place};
 use crate::kernel::Kernel;
-use crate::names::{Detector, detector, exception_of, is_panic, is_reporting};
+use crate::names::{Detector, detector, exception_of, function, is_panic, is_reporting};
 use crate::unwind::{self, Limits, Start};
 use crate::{Error, Frame, Trust, UnwindEnd};
 
@@ -52,7 +52,7 @@ pub(crate) fn find(
         Some(HookKind::OopsBegin | HookKind::DoubleFault | HookKind::StackOverflow) => {
             of_exception(frames, end)
         }
-        _ => of_panic(frames, end),
+        _ => distrusted(kernel, of_panic(frames, end), cache),
     };
     if !fault.found && matches!(kind, Some(HookKind::DoubleFault | HookKind::StackOverflow)) {
         // Both get `struct pt_regs *` as their first argument, and the hook is at their entry.
@@ -72,6 +72,61 @@ fn walk(
     let start = Start::of(registers).ok_or(Error::UnknownRegister(Reg::Rip))?;
     let limits = Limits { frames: FRAMES_MAX };
     Ok(unwind::walk(kernel.image, kernel.memory, cache, &start, limits))
+}
+
+/// After the stack protector: what overwrote the canary of a frame may have gone on to the registers that
+/// the frame saved, and to its return address, in this order. The return address is believed if it
+/// follows a call of the function; registers that the function saved are not.
+fn distrusted(kernel: &Kernel<'_>, mut fault: Fault, cache: &mut CodeCache) -> Fault {
+    let by_canary = |frame: &Frame| frame.module.is_none() && function(frame) == "__stack_chk_fail";
+    let reporting = fault.frames.get(..fault.at).unwrap_or_default();
+    if !reporting.last().is_some_and(by_canary) {
+        return fault;
+    }
+    let (Some(frame), Some(outer)) = (fault.frames.get(fault.at), fault.at.checked_add(1)) else {
+        return fault;
+    };
+    let kept = unsaved(kernel, frame, cache);
+    let start = fault.frames.get(outer).and_then(|caller| {
+        let call = call_before(kernel.memory, caller.pc.ip())?;
+        let target = call.branch_target();
+        if target.is_some() && target != frame.function_start {
+            return None;
+        }
+        let mut registers = caller.registers;
+        let lost = Reg::CALLEE_SAVED.into_iter().filter(|reg| !kept.contains(reg));
+        lost.for_each(|reg| registers.forget(reg));
+        Some(Start { registers, pc: caller.pc })
+    });
+    let trust = fault.frames.get(outer).map(|caller| caller.trust);
+    let ip = frame.pc.ip();
+    fault.frames.truncate(outer);
+    let Some(start) = start else {
+        fault.end = UnwindEnd::NoRow(ip);
+        return fault;
+    };
+    let limits = Limits { frames: FRAMES_MAX };
+    let (mut frames, end) = unwind::walk(kernel.image, kernel.memory, cache, &start, limits);
+    if let (Some(first), Some(trust)) = (frames.first_mut(), trust) {
+        first.trust = trust;
+    }
+    fault.frames.extend(frames);
+    fault.end = end;
+    fault
+}
+
+/// Callee-saved registers that the function of a frame leaves alone, on every way to where it is.
+fn unsaved(kernel: &Kernel<'_>, frame: &Frame, cache: &mut CodeCache) -> Vec<Reg> {
+    let table = cache.table(kernel.image);
+    let Some(analysis) = cache.analysis(kernel.image, kernel.memory, frame.pc.lookup()) else {
+        return Vec::new();
+    };
+    let states = analysis.at(&table, frame.pc).states;
+    let same = |reg: &Reg| {
+        !states.is_empty()
+            && states.iter().all(|state| saved_place(state, *reg) == Some(SavedPlace::Same))
+    };
+    Reg::CALLEE_SAVED.into_iter().filter(same).collect()
 }
 
 /// An exception always saved registers: the fault is the first frame read from them.

@@ -8,6 +8,7 @@ mod class;
 pub mod code;
 pub mod console;
 mod context;
+mod core_exits;
 mod core_notes;
 mod diagnosis;
 pub mod dump;
@@ -24,16 +25,19 @@ mod names;
 mod offender;
 pub mod report;
 mod signature;
+pub mod stuck;
 mod task;
 pub mod tasks;
 #[cfg(test)]
 mod testing;
+mod text;
 pub mod triage;
 pub mod unwind;
 mod warm;
 
 use boundary::Scene;
 pub use code::CodeCache;
+pub use core_exits::syscall_of;
 pub use dump as vmcore;
 use guest::{Hook, HookKind, PhysMemory, Registers, Vcpu};
 use repair_image::RepairImage;
@@ -72,7 +76,9 @@ pub fn diagnose(
     if let Some(task) = &mut task {
         task.syscall = task::syscall(&kernel, &fault.frames, &fault.end);
     }
-    let finding = find(&kernel, &fault, registers, hook, &cpu, &mut evidence);
+    let mut finding = find(&kernel, &fault, registers, hook, &cpu, &mut evidence);
+    let text = text::find(&kernel, phys, &fault, finding.class.as_ref(), &mut evidence);
+    finding.class = text.class.or(finding.class);
     if finding.class == Some(CrashClass::HungTask) {
         hung::evidence(&kernel, cache, &mut evidence);
     }
@@ -82,6 +88,7 @@ pub fn diagnose(
         Some(Offender::Driver { .. }) => boundary::of(&scene, cache, &mut evidence),
         _ => None,
     };
+    let core_exits = core_exits::of(&scene, cache, offender.as_ref());
     let all_effects = boundary::all_effects(&scene, cache);
     let class = finding.class.as_ref();
     Ok(Diagnosis {
@@ -100,7 +107,9 @@ pub fn diagnose(
         evidence,
         explanation: finding.explanation,
         boundary,
+        core_exits,
         all_effects,
+        damage: text.damage,
         message: finding.message,
     })
 }

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use repair_image::SourceFrame;
 
+use crate::class::takes_from_free_list;
 use crate::fault::Fault;
 use crate::names::{
     Detector, display, entered_by_interrupt, function, helper_reason, runs_softirqs,
@@ -48,6 +49,14 @@ pub(crate) fn of(
     }
     if let Some(reason) = watches_others(fault) {
         evidence.push(reason.to_owned());
+        return None;
+    }
+    if fault.frames.get(fault.at).is_some_and(takes_from_free_list) {
+        evidence.push(
+            "a free list of the allocator leads to no object: whoever wrote there is not among these \
+             frames, which only allocate"
+                .to_owned(),
+        );
         return None;
     }
     let segment = segment(fault);

@@ -148,6 +148,8 @@ pub(crate) fn diagnosis() -> Diagnosis {
             effects: effects.clone(),
             outer: FrameEffects::default(),
         }),
+        core_exits: Vec::new(),
+        damage: Vec::new(),
         all_effects: Some(effects),
         message: None,
     }
@@ -385,6 +387,7 @@ impl Guest {
                 per_cpu: self.per_cpu.clone(),
             },
             modules: vec![module],
+            pristine: Arc::default(),
         }
     }
 }

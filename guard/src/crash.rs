@@ -1,14 +1,16 @@
 //! One crash: diagnosed, planned, repaired or let go. Everything up to `resume` happens while the guest
 //! stands, so nothing here touches the disk before. What is told of it afterwards is in `report.rs`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use diagnose::Diagnosis;
-use guest::{Hook, Machine, Stop};
+use diagnose::live_core::Snapshot;
+use guest::{Hook, Machine, Registers, Stop};
 use quarantine::{Journal, Plan, Probation, Situation, Vital};
 use serde_json::json;
 
 use crate::Error;
+use crate::core_file;
 use crate::error::in_one_line;
 use crate::guard::{Guard, all_registers};
 
@@ -34,6 +36,8 @@ pub struct Handled {
     pub diagnosis: Option<Diagnosis>,
     /// What was to be done, if it came to that.
     pub plan: Option<Plan>,
+    /// For `live.core`, if there is to be one.
+    pub snapshot: Option<Snapshot>,
     /// What was done.
     pub journal: Journal,
     /// How it ended.
@@ -44,19 +48,27 @@ pub struct Handled {
     pub phases: Vec<(&'static str, Duration)>,
 }
 
-impl<M: Machine> Guard<M> {
-    pub(crate) fn on_crash(&mut self, stop: Stop, hook: Hook) -> Result<(), Error> {
-        self.incidents = self.incidents.saturating_add(1);
-        self.strikes.set_time(self.elapsed());
-        let mut handled = Handled {
+impl Handled {
+    /// Nothing is known yet.
+    pub(crate) fn begin(hook: Hook) -> Self {
+        Self {
             hook,
             diagnosis: None,
             plan: None,
+            snapshot: None,
             journal: Journal::default(),
             end: End::Repaired,
             downtime: Duration::ZERO,
             phases: Vec::new(),
-        };
+        }
+    }
+}
+
+impl<M: Machine> Guard<M> {
+    pub(crate) fn on_crash(&mut self, stop: Stop, hook: Hook) -> Result<(), Error> {
+        self.incidents = self.incidents.saturating_add(1);
+        self.strikes.set_time(self.elapsed());
+        let mut handled = Handled::begin(hook);
         if let Err(error) = self.repair(stop, &mut handled) {
             handled.end = End::LetGo { reason: in_one_line(&error) };
             self.lost = self.lost.saturating_add(1);
@@ -69,7 +81,7 @@ impl<M: Machine> Guard<M> {
         handled.downtime = stop.at.elapsed();
         handled.phases.push(("resumed", handled.downtime));
         self.announce(stop, &handled)?;
-        self.record(&handled)?;
+        self.record(&mut handled)?;
         self.begin_probation(&handled)
     }
 
@@ -82,26 +94,44 @@ impl<M: Machine> Guard<M> {
         }
         self.session.refresh_from_memory(self.machine.phys())?;
         handled.phases.push(("registers", stop.at.elapsed()));
-        let image = &self.session.image;
-        let diagnosis = handled.diagnosis.insert(
-            diagnose::diagnose(
-                image,
-                self.machine.phys(),
-                registers,
-                Some(handled.hook),
-                stop.vcpu,
-                &mut self.session.cache,
-            )
-            .map_err(Error::Diagnosis)?,
+        let diagnosis = diagnose::diagnose(
+            &self.session.image,
+            self.machine.phys(),
+            registers,
+            Some(handled.hook),
+            stop.vcpu,
+            &mut self.session.cache,
         );
+        handled.diagnosis = Some(diagnosis.map_err(Error::Diagnosis)?);
         handled.phases.push(("diagnosed", stop.at.elapsed()));
+        self.treat(stop.at, &vcpus, handled)
+    }
+
+    /// Plans and carries out what the diagnosis calls for. The guest stands since `stopped`.
+    pub(crate) fn treat(
+        &mut self,
+        stopped: Instant,
+        vcpus: &[Registers],
+        handled: &mut Handled,
+    ) -> Result<(), Error> {
+        let Some(diagnosis) = &handled.diagnosis else { return Err(Error::EveryRungRefused) };
+        let image = &self.session.image;
         let plan = {
             let memory = image.placement.space(self.machine.phys());
-            let situation = Situation { diagnosis, image, memory: &memory, vcpus: &vcpus };
+            let situation = Situation { diagnosis, image, memory: &memory, vcpus };
             quarantine::plan(&situation, &self.options.policy, &self.strikes)
         };
         let plan = handled.plan.insert(plan);
-        handled.phases.push(("planned", stop.at.elapsed()));
+        handled.phases.push(("planned", stopped.elapsed()));
+        let limit = self.options.policy.live_cores;
+        if self.options.incidents.is_some()
+            && self.cores.why_not(&diagnosis.signature, limit).is_none()
+        {
+            let writes = core_file::writes(plan);
+            let phys = self.machine.phys();
+            handled.snapshot = Some(Snapshot::take(image, phys, vcpus, Some(diagnosis), &writes));
+            handled.phases.push(("kept for live.core", stopped.elapsed()));
+        }
         if plan.rung.is_none() {
             return Err(Error::EveryRungRefused);
         }
@@ -110,12 +140,12 @@ impl<M: Machine> Guard<M> {
         }
         quarantine::apply(plan, &mut self.machine, image, &mut handled.journal)
             .map_err(Error::Apply)?;
-        handled.phases.push(("applied", stop.at.elapsed()));
+        handled.phases.push(("applied", stopped.elapsed()));
         Ok(())
     }
 
     /// Counts a crash that was repaired, and watches the guest for a while.
-    fn begin_probation(&mut self, handled: &Handled) -> Result<(), Error> {
+    pub(crate) fn begin_probation(&mut self, handled: &Handled) -> Result<(), Error> {
         let rung = handled.plan.as_ref().and_then(|plan| plan.rung);
         let (End::Repaired, Some(diagnosis), Some(rung)) = (&handled.end, &handled.diagnosis, rung)
         else {

@@ -4,11 +4,13 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use guest::{Control, Hooks, Machine, Registers, Stop, StopReason, Vcpu};
+use guest::{Control, Hook, HookKind, Hooks, Machine, Registers, Stop, StopReason, Vcpu};
 use quarantine::{Policy, Strikes};
 use serde_json::{Value, json};
 
+use crate::core_file::CoreFiles;
 use crate::session::Session;
+use crate::stuck::Stuck;
 use crate::watch::Watch;
 use crate::{Error, Failed, KnowledgeSources, Observer};
 
@@ -42,6 +44,8 @@ pub struct Guard<M: Machine> {
     pub(crate) machine: M,
     pub(crate) session: Session,
     pub(crate) watch: Watch,
+    pub(crate) cores: CoreFiles,
+    pub(crate) stuck: Stuck,
     /// The guest stands for our sake: we stopped it, or it waits for our answer to a stop.
     held: bool,
     begun: Instant,
@@ -87,6 +91,8 @@ impl<M: Machine> Guard<M> {
             machine,
             session,
             watch: Watch::default(),
+            cores: CoreFiles::default(),
+            stuck: Stuck::default(),
             held: false,
             begun: Instant::now(),
             incidents: 0,
@@ -169,6 +175,7 @@ impl<M: Machine> Guard<M> {
     fn on_stop(&mut self, stop: Stop) -> Result<bool, Error> {
         self.held = !is_foreign(stop.reason);
         match stop.reason {
+            StopReason::Hook(hook) if hook.kind == HookKind::Watched => self.on_watched(stop)?,
             StopReason::Hook(hook) => self.on_crash(stop, hook)?,
             StopReason::Reset => self.on_reset()?,
             StopReason::TripleFault => self.on_death(stop, "triple_fault", "triple fault")?,
@@ -195,12 +202,14 @@ impl<M: Machine> Guard<M> {
         if self.session.refresh_modules(self.machine.phys())? {
             self.session.announce_modules(&mut *self.observer)?;
         }
-        self.look_after()
+        self.look_after()?;
+        self.look_at_progress()
     }
 
     /// The guest was reset: all that is known of its memory is void until it has booted again.
     fn on_reset(&mut self) -> Result<(), Error> {
         self.watch.wait_for_boot();
+        self.stuck = Stuck::default();
         self.let_go()?;
         self.say("reset", json!({}), "the guest was reset; waiting until it has booted")
     }
@@ -259,6 +268,37 @@ impl<M: Machine> Guard<M> {
             self.resume()?;
         }
         result
+    }
+
+    /// Stops a guest that runs; [`Guard::resume`] is to follow. `false`: it stands by somebody else's will.
+    pub(crate) fn halt(&mut self) -> Result<bool, Error> {
+        let control = control(&mut self.machine)?;
+        if !control.is_running() {
+            return Ok(false);
+        }
+        self.held = true;
+        control.stop()?;
+        Ok(true)
+    }
+
+    /// Whether the guest runs, as far as is known.
+    pub(crate) fn is_running(&mut self) -> bool {
+        control(&mut self.machine).is_ok_and(|control| control.is_running())
+    }
+
+    /// Arms the hooks, and another for a while, on a guest that stands. Where there are debug registers for four
+    /// only, the hook gives way that others stand in for (`handle_stack_overflow()` is met after
+    /// `exc_double_fault()` or before `oops_begin()`).
+    pub(crate) fn arm_with(&mut self, extra: Option<Hook>) -> Result<(), Error> {
+        let mut places = self.session.hooks();
+        let hooks = hooks(&mut self.machine)?;
+        let Some(extra) = extra else { return Ok(hooks.arm(&places)?) };
+        places.push(extra);
+        if hooks.arm(&places).is_ok() {
+            return Ok(());
+        }
+        places.retain(|hook| hook.kind != HookKind::StackOverflow);
+        Ok(hooks.arm(&places)?)
     }
 
     /// Lets the guest run on.
@@ -334,7 +374,6 @@ pub(crate) fn all_registers(machine: &mut impl Machine) -> Result<Vec<Registers>
 
 #[cfg(test)]
 mod tests {
-    use guest::HookKind;
     use guest::fake::FakeMachine;
 
     use super::*;

@@ -28,6 +28,7 @@
 //! off and a guest that stood for the guard's sake runs on.
 #![forbid(unsafe_code)]
 
+mod core_file;
 mod crash;
 mod error;
 mod event_lines;
@@ -36,8 +37,10 @@ mod incident;
 mod knowledge;
 mod observer;
 mod page;
+mod progress;
 mod report;
 mod session;
+mod stuck;
 #[cfg(test)]
 mod testing;
 mod watch;

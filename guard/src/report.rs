@@ -1,12 +1,15 @@
 //! What is told of a crash once the guest runs again: to the observer, and in the incident's files.
 
+use std::path::Path;
 use std::time::Duration;
 
+use diagnose::live_core::Snapshot;
 use guest::{Machine, Stop};
 use quarantine::{Deed, Journal};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::core_file::{self, Job};
 use crate::crash::{End, Handled};
 use crate::incident::Incident;
 use crate::page;
@@ -52,10 +55,16 @@ impl<M: Machine> Guard<M> {
     }
 
     /// Writes the incident.
-    pub(crate) fn record(&mut self, handled: &Handled) -> Result<(), Error> {
+    pub(crate) fn record(&mut self, handled: &mut Handled) -> Result<(), Error> {
         let Some(incidents) = &self.options.incidents else { return Ok(()) };
-        let signature = handled.diagnosis.as_ref().map_or("undiagnosed", |d| d.signature.as_str());
-        let mut incident = Incident::open(incidents, signature)?;
+        let signature = handled.diagnosis.as_ref().map(|diagnosis| diagnosis.signature.clone());
+        let signature = signature.unwrap_or_else(|| "undiagnosed".to_owned());
+        let mut incident = Incident::open(incidents, &signature)?;
+        let core = self.write_core(handled.snapshot.take(), &signature, incident.folder());
+        match core {
+            Ok(()) => incident.set("live_core", json!({ "file": core_file::NAME })),
+            Err(reason) => incident.set("live_core", json!({ "file": null, "reason": reason })),
+        }
         incident.set("hook", handled.hook);
         incident.set("kernel", self.session.describe());
         incident.set("downtime_us", micros(handled.downtime));
@@ -84,6 +93,22 @@ impl<M: Machine> Guard<M> {
         incident.write()?;
         let text = format!("incident: {}", incident.folder().display());
         self.say("incident", json!({ "folder": incident.folder() }), &text)
+    }
+
+    /// Has `live.core` written while the guest runs; or why there is none.
+    fn write_core(
+        &mut self,
+        snapshot: Option<Snapshot>,
+        signature: &str,
+        folder: &Path,
+    ) -> Result<(), &'static str> {
+        let limit = self.options.policy.live_cores;
+        self.cores.why_not(signature, limit).map_or(Ok(()), Err)?;
+        let snapshot = snapshot.ok_or("the crash was not diagnosed")?;
+        let phys =
+            self.machine.second_view().ok_or("the machine shows its memory to one thread")?;
+        let (image, folder) = (self.session.image.clone(), folder.to_owned());
+        self.cores.write(signature, Job { snapshot, image, phys, folder })
     }
 }
 

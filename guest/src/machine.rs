@@ -57,14 +57,19 @@ pub enum HookKind {
     DoubleFault,
     /// `handle_stack_overflow()`: guard page hit, on the double-fault stack.
     StackOverflow,
+    /// A function of a driver whose present call is suspected of never returning: being called again by the same
+    /// task shows that it has. Armed only for as long as it is suspected.
+    Watched,
+    /// No place at all: a guard found out by itself that the vCPU makes no progress. Never armed.
+    Stuck,
 }
 
 impl HookKind {
-    /// All kinds: as many as x86 has debug registers.
+    /// The kinds that are armed all the time: as many as x86 has debug registers.
     pub const ALL: [HookKind; 4] =
         [Self::OopsBegin, Self::Panic, Self::DoubleFault, Self::StackOverflow];
 
-    /// The function at whose entry the hook sits (same name in 6.1 and 6.12).
+    /// The function at whose entry the hook sits (same name in 6.1 and 6.12), or what it is if there is none.
     #[must_use]
     pub const fn function(self) -> &'static str {
         match self {
@@ -72,6 +77,8 @@ impl HookKind {
             Self::Panic => "panic",
             Self::DoubleFault => "exc_double_fault",
             Self::StackOverflow => "handle_stack_overflow",
+            Self::Watched => "entry of a watched function",
+            Self::Stuck => "no progress",
         }
     }
 }
@@ -145,6 +152,11 @@ pub trait Machine {
 
     /// Stop at places of the kernel.
     fn hooks(&mut self) -> Option<&mut dyn Hooks> {
+        None
+    }
+
+    /// Guest RAM as another thread may read it, as it is now: memory that comes or goes later is not seen.
+    fn second_view(&self) -> Option<Box<dyn PhysMemory + Send>> {
         None
     }
 

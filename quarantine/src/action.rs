@@ -106,6 +106,23 @@ pub enum Action {
         /// Why.
         why: String,
     },
+    /// Put bytes back that the kernel never writes.
+    Restore {
+        /// The place by name.
+        name: String,
+        /// Guest-virtual address of the first byte.
+        at: GuestVirt,
+        /// Bytes before.
+        #[serde(serialize_with = "hex_bytes")]
+        old: Vec<u8>,
+        /// Bytes after.
+        #[serde(serialize_with = "hex_bytes")]
+        new: Vec<u8>,
+        /// Whether it is code.
+        code: bool,
+        /// Why.
+        why: String,
+    },
     /// Set registers of a vCPU.
     SetRegisters {
         /// The vCPU.
@@ -134,6 +151,12 @@ impl Action {
             Self::PatchEntry { module, function, at, returns, .. } => {
                 format!("patch {function} [{module}] at {at:#x} to {returns}")
             }
+            Self::Restore { name, at, old, new, .. } => {
+                let hex = |bytes: &[u8]| -> String {
+                    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+                };
+                format!("restore {name} at {at:#x}: {} -> {}", hex(old), hex(new))
+            }
             Self::SetRegisters { vcpu, .. } => format!("set registers of vCPU {}", vcpu.0),
         }
     }
@@ -145,6 +168,7 @@ impl Action {
             | Self::WriteWord { why, .. }
             | Self::RewriteSavedRegisters { why, .. }
             | Self::PatchEntry { why, .. }
+            | Self::Restore { why, .. }
             | Self::SetRegisters { why, .. } => why,
         }
     }

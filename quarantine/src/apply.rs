@@ -85,6 +85,11 @@ fn check_preconditions(
                     word(function, &whole(*at + index as u64, 1, u64::from(byte)))?;
                 }
             }
+            Action::Restore { name, at, old, .. } => {
+                for (index, &byte) in old.iter().enumerate() {
+                    word(name, &whole(*at + index as u64, 1, u64::from(byte)))?;
+                }
+            }
             // A word may be changed by the calls before it; it is checked when it is written.
             Action::WriteWord { .. } | Action::SetRegisters { .. } => {}
         }
@@ -150,6 +155,7 @@ fn step(action: &Action, hand: &mut Hand<'_>) -> Result<(), Error> {
             Ok(())
         }
         Action::PatchEntry { at, new, why, .. } => hand.write_virt(*at, new, true, why),
+        Action::Restore { at, new, code, why, .. } => hand.write_virt(*at, new, *code, why),
         Action::SetRegisters { vcpu, registers, why } => hand.set_registers(*vcpu, registers, why),
     }
 }

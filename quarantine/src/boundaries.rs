@@ -12,6 +12,8 @@ pub(crate) enum Fixed {
     Enumerator(&'static str, &'static str),
     /// The caller checks pointers with `IS_ERR`.
     ErrorPointer,
+    /// Whatever the caller is handed, it does harm; why.
+    Never(&'static str),
 }
 
 /// One caller.
@@ -27,11 +29,22 @@ pub(crate) struct Rule {
     pub(crate) interrupts: Option<bool>,
 }
 
-const fn typed(function: &'static str, members: &'static [(&'static str, &'static str)]) -> Rule {
+impl Rule {
+    /// Whether what it calls are operations of an object, each of which may fail on its own.
+    pub(crate) fn is_operation(&self) -> bool {
+        let typed = !self.members.is_empty() && self.fixed.is_none();
+        typed || self.fixed == Some(Fixed::ErrorPointer)
+    }
+}
+
+pub(crate) const fn typed(
+    function: &'static str,
+    members: &'static [(&'static str, &'static str)],
+) -> Rule {
     Rule { function, members, fixed: None, interrupts: Some(true) }
 }
 
-const fn fixed(function: &'static str, fixed: Fixed, interrupts: Option<bool>) -> Rule {
+pub(crate) const fn fixed(function: &'static str, fixed: Fixed, interrupts: Option<bool>) -> Rule {
     Rule { function, members: &[], fixed: Some(fixed), interrupts }
 }
 
@@ -72,6 +85,19 @@ const RULES: &[Rule] = &[
     typed("io_poll_check_events", &[("file_operations", "poll")]),
     typed("__do_fault", &[("vm_operations_struct", "fault")]),
     typed("do_page_mkwrite", &[("vm_operations_struct", "page_mkwrite")]),
+    // net/socket.c, net/ipv4/af_inet.c, net/ipv6/af_inet6.c: ->ops of a socket, ->sk_prot of a protocol.
+    // Since v6.5 __sock_sendmsg().
+    typed("sock_sendmsg", &[("proto_ops", "sendmsg")]),
+    typed("__sock_sendmsg", &[("proto_ops", "sendmsg")]),
+    typed("sock_sendmsg_nosec", &[("proto_ops", "sendmsg")]),
+    typed("sock_recvmsg", &[("proto_ops", "recvmsg")]),
+    typed("sock_recvmsg_nosec", &[("proto_ops", "recvmsg")]),
+    typed("inet_sendmsg", &[("proto", "sendmsg")]),
+    typed("inet_recvmsg", &[("proto", "recvmsg")]),
+    typed("inet6_sendmsg", &[("proto", "sendmsg")]),
+    typed("inet6_recvmsg", &[("proto", "recvmsg")]),
+    typed("sock_poll", &[("proto_ops", "poll")]),
+    typed("sock_ioctl", &[("proto_ops", "ioctl")]),
     // fs/proc/inode.c, since commit d56c0d45f0e2 ("proc: decouple proc from VFS", v5.6).
     typed("proc_reg_write", &[("proc_ops", "proc_write")]),
     typed("proc_reg_read", &[("proc_ops", "proc_read")]),
@@ -108,7 +134,6 @@ const RULES: &[Rule] = &[
     typed("virtio_dev_probe", &[("virtio_driver", "probe")]),
     typed("pci_device_remove", &[("pci_driver", "remove")]),
     typed("platform_remove", &[("platform_driver", "remove")]),
-    typed("do_one_initcall", &[("module", "init")]),
     // fs/seq_file.c: start() and next() give pointers that are checked with IS_ERR, show() an int:
     // the entry's own prototype must tell which.
     Rule {
@@ -144,7 +169,12 @@ const RULES: &[Rule] = &[
     typed("__dev_open", &[("net_device_ops", "ndo_open")]),
     fixed(
         "__napi_poll",
-        Fixed::Number(0, "0", "a poll that did less than its budget is taken off the list"),
+        Fixed::Number(
+            64,
+            "its budget",
+            "NAPI stays scheduled and polls again; a driver that did \
+                                         less has to take itself off the list, and this one has not",
+        ),
         Some(true),
     ),
     // Interrupts and timers.
@@ -206,9 +236,93 @@ const RULES: &[Rule] = &[
     ),
 ];
 
+/// System calls that may be left as a whole, without the prefix `__x64_sys_`, and why. They change nothing
+/// of the kernel's that outlives them but reference counts, which stay too high: that leaks, and damages
+/// nothing. Anything that may have put its stack into a list of others is not here.
+const SYSCALLS: &[(&str, &str)] = &[
+    ("getcwd", "it copies names out, under RCU"),
+    ("newuname", "it copies names out, under uts_sem"),
+    ("uname", "it copies names out, under uts_sem"),
+    ("sysinfo", "it sums up counters"),
+    ("newstat", "it looks a file up; the file system may stay busy"),
+    ("newlstat", "it looks a file up; the file system may stay busy"),
+    ("newfstat", "it copies a file's numbers out; the file may stay open"),
+    ("newfstatat", "it looks a file up; the file system may stay busy"),
+    ("statx", "it looks a file up; the file system may stay busy"),
+    ("access", "it looks a file up; the file system may stay busy"),
+    ("faccessat", "it looks a file up; the file system may stay busy"),
+    ("readlink", "it looks a file up; the file system may stay busy"),
+    ("readlinkat", "it looks a file up; the file system may stay busy"),
+    ("statfs", "it looks a file up; the file system may stay busy"),
+    ("fstatfs", "it copies numbers out; the file may stay open"),
+    ("getsockname", "it copies an address out; the socket may stay open"),
+    ("getpeername", "it copies an address out; the socket may stay open"),
+    ("times", "it sums up times"),
+    ("getrusage", "it sums up times"),
+    ("sched_getaffinity", "it copies a mask out"),
+    ("sched_getparam", "it copies numbers out"),
+    ("getpriority", "it looks processes up, under RCU"),
+];
+
+/// Why a system call may be left as a whole; `None` if that is not known.
+pub(crate) fn syscall(name: &str) -> Option<&'static str> {
+    SYSCALLS.iter().find(|(known, _)| *known == name).map(|(_, why)| *why)
+}
+
+/// Functions that put something of their own stack where others find it, and where that is. Whether they
+/// have already is not known, so they are never left.
+pub(crate) const STACK_LINKED: &[(&str, &str)] = &[
+    // fs/select.c: struct poll_wqueues.
+    ("do_sys_poll", "a wait queue"),
+    ("do_select", "a wait queue"),
+    ("core_sys_select", "a wait queue"),
+    // kernel/exit.c: the entry in wait_chldexit.
+    ("do_wait", "a wait queue"),
+    // kernel/futex/waitwake.c, kernel/futex/pi.c: struct futex_q in a hash bucket.
+    ("futex_wait", "a futex hash bucket"),
+    // Since v6.7.
+    ("__futex_wait", "a futex hash bucket"),
+    ("futex_wait_requeue_pi", "a futex hash bucket"),
+    ("futex_lock_pi", "a futex hash bucket"),
+    // fs/namei.c: the queue that other lookups of the same name sleep on (d_alloc_parallel()).
+    ("__lookup_slow", "a directory entry"),
+    ("lookup_open", "a directory entry"),
+    // kernel/time: timers on the stack.
+    ("schedule_timeout", "the timer wheel"),
+    ("schedule_hrtimeout_range_clock", "a timer queue"),
+    ("do_nanosleep", "a timer queue"),
+    // ipc/sem.c, ipc/msg.c: queues of waiting operations.
+    ("__do_semtimedop", "a semaphore's queue"),
+    ("do_semtimedop", "a semaphore's queue"),
+    ("do_msgrcv", "a message queue"),
+];
+
+/// A variable that a function changes for as long as it runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LeftBehind {
+    pub(crate) function: &'static str,
+    /// An `int`.
+    pub(crate) variable: &'static str,
+    /// While it runs.
+    pub(crate) set: u32,
+    /// Before, if it is `set` now.
+    pub(crate) back: u32,
+    pub(crate) why: &'static str,
+}
+
+/// What abandoned functions leave changed, where it matters.
+pub(crate) const LEFT_BEHIND: &[LeftBehind] = &[LeftBehind {
+    // drivers/tty/sysrq.c: rcu_sysrq_start() writes 2 over 0 only, rcu_sysrq_end() 0 over 2 only.
+    function: "__handle_sysrq",
+    variable: "rcu_cpu_stall_suppress",
+    set: 2,
+    back: 0,
+    why: "the RCU stall detector was off while the request ran",
+}];
+
 /// What is known of a caller.
 pub(crate) fn rule(function: &str) -> Option<&'static Rule> {
-    RULES.iter().find(|rule| rule.function == function)
+    RULES.iter().chain(crate::callbacks::RULES).find(|rule| rule.function == function)
 }
 
 #[cfg(test)]
@@ -219,8 +333,9 @@ mod tests {
 
     #[test]
     fn each_function_has_one_rule() {
-        let names: HashSet<_> = RULES.iter().map(|rule| rule.function).collect();
-        assert_eq!(names.len(), RULES.len());
+        let all = || RULES.iter().chain(crate::callbacks::RULES);
+        let names: HashSet<_> = all().map(|rule| rule.function).collect();
+        assert_eq!(names.len(), all().count());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Rung 1: leave the driver at its entry point and hand its caller in the core kernel an error.
 //! Which value is `values.rs`'s, which locks `locks.rs`'s, which counts `counts.rs`'s.
 
-use diagnose::{Boundary, CrashClass, Diagnosis, ExecutionContext, Frame};
+use diagnose::{Boundary, CrashClass, Diagnosis, ExecutionContext, Frame, FrameEffects};
 use guest::{
     CodeAddress, GuestVirt, HookKind, RFLAGS_AC, RFLAGS_DF, RFLAGS_IF, RFLAGS_TF, Reg, Registers,
 };
@@ -11,7 +11,7 @@ use crate::action::{Action, SavedWord, saved_name};
 use crate::boundaries::{Rule, rule};
 use crate::counts::{self, COUNT_BITS, on_off};
 use crate::plan::{Situation, Steps};
-use crate::{Policy, Reason, locks, values};
+use crate::{Policy, Reason, callbacks, locks, values};
 
 /// Nested-task flag (bit 14) and resume flag (bit 16) in rflags, Intel SDM 1 3.4.3: an `iret` must
 /// not find the first, and the second belongs to the faulting instruction.
@@ -49,11 +49,12 @@ pub(crate) fn steps(situation: &Situation<'_>, policy: &Policy) -> Result<Steps,
     let actions =
         locks::release_calls(diagnosis, &boundary.effects, situation.image, situation.memory)?;
     let mut steps = Steps { actions, notes: Vec::new() };
-    counts::check_rcu(&diagnosis.context, &boundary.effects, &boundary.outer)?;
+    let outer = outer_effects(diagnosis, boundary);
+    counts::check_rcu(&diagnosis.context, &boundary.effects, &outer)?;
     let (count, note) = counts::preempt_count(
         &diagnosis.context,
         &boundary.effects,
-        &boundary.outer,
+        &outer,
         detector(diagnosis).map_or(0, |_| counts::HARDIRQ),
         policy.correct_preempt_count,
     )?;
@@ -72,6 +73,22 @@ pub(crate) fn steps(situation: &Situation<'_>, policy: &Policy) -> Result<Steps,
             .to_owned(),
     );
     Ok(steps)
+}
+
+/// What the frames that stay hold. Where code analysis could not tell and the caller is known to call
+/// drivers with such a preempt count, that count is taken for theirs.
+fn outer_effects(diagnosis: &Diagnosis, boundary: &Boundary) -> FrameEffects {
+    let mut outer = boundary.outer.clone();
+    let base = diagnosis.context.preempt_count.and_then(|count| {
+        i64::from(count & COUNT_BITS).checked_sub(boundary.effects.preempt_delta)
+    });
+    if let Some(base) = base
+        && !outer.undetermined.is_empty()
+        && callbacks::preempt_counts(&boundary.function).contains(&base)
+    {
+        outer.preempt_delta = base;
+    }
+    outer
 }
 
 fn check_context(diagnosis: &Diagnosis) -> Result<(), Reason> {
@@ -135,7 +152,7 @@ fn target(
 
 /// rip, rsp and the callee-saved registers of `caller` after the call of `callee` returned. All
 /// must be known, and the return address must still be on the stack.
-fn continued(
+pub(crate) fn continued(
     situation: &Situation<'_>,
     caller: &Frame,
     callee: &Frame,
@@ -244,7 +261,7 @@ fn leave(
 /// (`ct_irq_enter()` in `irqentry_enter()`), and only `irqentry_exit()` takes that back. Left
 /// undone, RCU would from then on take the CPU for idle when it is busy, and free memory in use. So
 /// the saved registers are rewritten and the kernel leaves the exception itself.
-fn leave_exception(
+pub(crate) fn leave_exception(
     situation: &Situation<'_>,
     regs: GuestVirt,
     target: &Registers,
@@ -444,6 +461,21 @@ mod tests {
             })
             .collect();
         assert_eq!(kinds, ["_raw_spin_unlock", "mutex_unlock", "count", "registers"]);
+    }
+
+    #[test]
+    fn a_transmitting_caller_keeps_its_counts() {
+        let scene = Scene::new();
+        let mut diagnosis = scene.diagnosis();
+        diagnosis.context.preempt_count = Some(0x201);
+        let boundary = diagnosis.boundary.as_mut().unwrap();
+        boundary.outer.undetermined.push(boundary.frame);
+        assert!(matches!(run(&scene, &diagnosis), Err(Reason::PreemptMismatch { .. })));
+        diagnosis.boundary.as_mut().unwrap().function = "dev_hard_start_xmit".to_owned();
+        let steps = run(&scene, &diagnosis).unwrap();
+        assert!(!steps.actions.iter().any(|action| matches!(action, Action::WriteWord { .. })));
+        diagnosis.context.preempt_count = Some(0x202);
+        assert!(matches!(run(&scene, &diagnosis), Err(Reason::PreemptMismatch { .. })));
     }
 
     #[test]

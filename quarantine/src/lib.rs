@@ -6,6 +6,8 @@ mod action;
 mod activity;
 mod apply;
 mod boundaries;
+mod callbacks;
+mod core_return;
 mod counts;
 mod driver;
 mod entries;
@@ -23,7 +25,10 @@ mod refusal;
 mod strikes;
 #[cfg(test)]
 mod testing;
+mod text;
+mod text_retry;
 mod values;
+mod warning;
 
 pub use action::{Action, Expected, SavedWord};
 pub use apply::{Applied, apply};

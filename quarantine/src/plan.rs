@@ -10,7 +10,10 @@ use guest::{GuestVirt, Registers, Vcpu, VirtMemory};
 use repair_image::RepairImage;
 use serde::Serialize;
 
-use crate::{Action, Policy, Reason, Refusal, Standing, Strikes, driver, error_return, process};
+use crate::{
+    Action, Policy, Reason, Refusal, Standing, Strikes, core_return, driver, error_return, process,
+    text, warning,
+};
 
 /// A rung of the recovery ladder that repairs in place.
 #[derive(
@@ -25,11 +28,14 @@ pub enum Rung {
     QuarantineDriver,
     /// Rung 3: the process ends through the kernel's own exit path.
     QuarantineProcess,
+    /// Rung 4: text, read-only data and IDT are put back from the repair image.
+    RepairKernel,
 }
 
 impl Rung {
     /// All rungs, from the bottom.
-    pub const ALL: [Rung; 3] = [Self::ReturnError, Self::QuarantineDriver, Self::QuarantineProcess];
+    pub const ALL: [Rung; 4] =
+        [Self::ReturnError, Self::QuarantineDriver, Self::QuarantineProcess, Self::RepairKernel];
 
     /// Number on the ladder.
     #[must_use]
@@ -38,6 +44,7 @@ impl Rung {
             Self::ReturnError => 1,
             Self::QuarantineDriver => 2,
             Self::QuarantineProcess => 3,
+            Self::RepairKernel => 4,
         }
     }
 }
@@ -48,6 +55,7 @@ impl fmt::Display for Rung {
             Self::ReturnError => "return an error",
             Self::QuarantineDriver => "quarantine the driver",
             Self::QuarantineProcess => "quarantine the process",
+            Self::RepairKernel => "repair the kernel",
         };
         write!(f, "rung {} ({words})", self.number())
     }
@@ -138,7 +146,8 @@ impl fmt::Display for Plan {
 pub fn plan(situation: &Situation<'_>, policy: &Policy, strikes: &Strikes) -> Plan {
     let standing = strikes.standing(situation.diagnosis, policy);
     let mut refused = Vec::new();
-    for rung in order(situation.diagnosis, &standing) {
+    let repair = is_damaged(situation.diagnosis).then_some(Rung::RepairKernel);
+    for rung in repair.into_iter().chain(order(situation.diagnosis, &standing)) {
         match attempt(situation, policy, &standing, rung) {
             Ok(steps) => return taken(situation, rung, steps, refused, &standing, policy),
             Err(reason) => refused.push(Refusal::new(rung, reason)),
@@ -162,7 +171,7 @@ fn finish(
         actions: steps.actions,
         refused,
         notes: steps.notes,
-        loss: rung.map_or_else(|| "everything".to_owned(), |rung| loss(situation, rung)),
+        loss: rung.map_or_else(|| "everything".to_owned(), |rung| loss(situation, policy, rung)),
         vcpu: situation.diagnosis.vcpu,
         preempt_count_at: situation.diagnosis.context.preempt_count_at,
         limit_ms: policy.max_downtime_ms,
@@ -176,8 +185,14 @@ fn order(diagnosis: &Diagnosis, standing: &Standing) -> Vec<Rung> {
         Some(Offender::Driver { .. }) if standing.escalate() => {
             vec![Rung::QuarantineDriver, Rung::ReturnError, Rung::QuarantineProcess]
         }
-        _ => Rung::ALL.to_vec(),
+        _ => Rung::ALL.into_iter().filter(|&rung| rung != Rung::RepairKernel).collect(),
     }
+}
+
+/// Whether there is damage that rung 4 would put back. It is then tried first: lower rungs leave the damage
+/// to whoever comes next.
+fn is_damaged(diagnosis: &Diagnosis) -> bool {
+    !diagnosis.damage.is_empty()
 }
 
 fn attempt(
@@ -190,7 +205,16 @@ fn attempt(
         return Err(Reason::NotAllowed);
     }
     match (rung, situation.diagnosis.offender.as_ref()) {
+        (Rung::RepairKernel, _) => text::steps(situation, policy),
+        // Whoever warned: nothing is abandoned.
+        (Rung::ReturnError, _) if warning::is_one(situation.diagnosis) => warning::steps(situation),
         (_, None) => Err(Reason::NoOffender),
+        (Rung::ReturnError, Some(Offender::Process { .. } | Offender::Kernel { .. })) => {
+            if standing.escalate() {
+                return Err(standing.why());
+            }
+            core_return::steps(situation, policy)
+        }
         (Rung::ReturnError, Some(Offender::Driver { .. })) => {
             if standing.escalate() && !policy.return_error_when_quarantine_fails {
                 return Err(standing.why());
@@ -217,6 +241,9 @@ fn taken(
     policy: &Policy,
 ) -> Plan {
     for other in Rung::ALL {
+        if other == Rung::RepairKernel && !is_damaged(situation.diagnosis) {
+            continue;
+        }
         if other != rung && !refused.iter().any(|refusal| refusal.rung == other) {
             let reason = not_tried(situation, rung, other, standing, policy);
             refused.push(Refusal::new(other, reason));
@@ -233,6 +260,9 @@ fn not_tried(
     standing: &Standing,
     policy: &Policy,
 ) -> Reason {
+    if taken == Rung::RepairKernel {
+        return Reason::DamageStays;
+    }
     if other < taken {
         return standing.why();
     }
@@ -250,7 +280,14 @@ fn not_tried(
     }
 }
 
-fn loss(situation: &Situation<'_>, rung: Rung) -> String {
+fn loss(situation: &Situation<'_>, policy: &Policy, rung: Rung) -> String {
+    let way = (rung == Rung::RepairKernel).then(|| text::Way::of(situation, policy)).flatten();
+    let rung = match way {
+        Some(text::Way::Retry) => return "nothing".to_owned(),
+        Some(text::Way::ErrorReturn) => Rung::ReturnError,
+        Some(text::Way::EndProcess) => Rung::QuarantineProcess,
+        None => rung,
+    };
     match (rung, &situation.diagnosis.offender, &situation.diagnosis.task) {
         (Rung::ReturnError, ..) => "one call".to_owned(),
         (Rung::QuarantineDriver, Some(Offender::Driver { module, .. }), _) => {

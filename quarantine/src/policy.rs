@@ -32,6 +32,11 @@ pub struct Policy {
     /// Drop a surplus of the preempt count that no lock found explains. A lock that was overlooked
     /// would then stay locked for ever.
     pub correct_preempt_count: bool,
+    /// Incidents with a `live.core` at most (about 17 MB each): the first of each signature.
+    pub live_cores: u32,
+    /// Seconds without any progress after which a CPU that does not leave a driver's code is taken for locked
+    /// up; 0: never. A loop that visibly makes headway gets four times as long.
+    pub lockup_s: u64,
 }
 
 /// A way to get fresh memory.
@@ -47,8 +52,8 @@ pub enum FreshWay {
 
 /// The defaults, as shown in help and tested to be the defaults.
 const DEFAULTS: &str = "\
-# Rungs that may be taken: return_error, quarantine_driver, quarantine_process.
-rungs = [\"return_error\", \"quarantine_driver\", \"quarantine_process\"]
+# Rungs that may be taken: return_error, quarantine_driver, quarantine_process, repair_kernel.
+rungs = [\"return_error\", \"quarantine_driver\", \"quarantine_process\", \"repair_kernel\"]
 # Crashes of one driver within strike_window_s seconds that lead to its quarantine.
 strikes = 3
 strike_window_s = 3600
@@ -67,6 +72,11 @@ fresh_memory = [\"hot_add\", \"firmware_tail\"]
 return_error_when_quarantine_fails = true
 # Drop a surplus of the preempt count that no lock explains (an overlooked lock would stay locked).
 correct_preempt_count = false
+# Seconds without progress in a driver after which a CPU is locked up (0: never); four times as many where a
+# loop visibly makes headway.
+lockup_s = 5
+# Incidents that get a live.core (about 17 MB), at most; one for each signature.
+live_cores = 16
 ";
 
 impl Default for Policy {
@@ -105,6 +115,8 @@ impl Default for Policy {
             fresh_memory: vec![FreshWay::HotAdd, FreshWay::FirmwareTail],
             return_error_when_quarantine_fails: true,
             correct_preempt_count: false,
+            lockup_s: 5,
+            live_cores: 16,
         }
     }
 }

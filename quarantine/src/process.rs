@@ -3,8 +3,10 @@
 
 use diagnose::{Diagnosis, ExecutionContext, Task};
 use guest::{GuestVirt, RFLAGS_IF, Reg, Registers};
+use repair_image::base_name;
 
 use crate::action::Action;
+use crate::boundaries::STACK_LINKED;
 use crate::counts;
 use crate::guest_struct::Structures;
 use crate::plan::{Situation, Steps};
@@ -39,6 +41,7 @@ pub(crate) fn steps(situation: &Situation<'_>, policy: &Policy) -> Result<Steps,
     let structures = Structures { image: situation.image, memory: situation.memory };
     check_task(&structures, task.at)?;
     check_fpu(&structures, diagnosis)?;
+    check_stack_links(diagnosis, diagnosis.frames.len())?;
     let effects = diagnosis.all_effects.as_ref().ok_or(Reason::NoEffects)?;
     locks::check(diagnosis, effects)?;
     let user_regs = user_registers(&structures, diagnosis, task)?;
@@ -88,7 +91,8 @@ fn process<'a>(diagnosis: &'a Diagnosis, policy: &Policy) -> Result<&'a Task, Re
     Ok(task)
 }
 
-fn check_task(structures: &Structures<'_>, task: GuestVirt) -> Result<(), Reason> {
+/// Refuses a task that is in the middle of something which others rely on.
+pub(crate) fn check_task(structures: &Structures<'_>, task: GuestVirt) -> Result<(), Reason> {
     for (member, meaning) in MUST_BE_ZERO {
         if let Some(value) = structures.number(task, "task_struct", member)?
             && value != 0
@@ -107,13 +111,29 @@ fn check_task(structures: &Structures<'_>, task: GuestVirt) -> Result<(), Reason
 }
 
 /// The FPU is the kernel's between `kernel_fpu_begin()` and `kernel_fpu_end()`.
-fn check_fpu(structures: &Structures<'_>, diagnosis: &Diagnosis) -> Result<(), Reason> {
+pub(crate) fn check_fpu(structures: &Structures<'_>, diagnosis: &Diagnosis) -> Result<(), Reason> {
     let flag = diagnosis.context.cpu.and_then(|cpu| structures.image.per_cpu("in_kernel_fpu", cpu));
     let Some(at) = flag else { return Ok(()) };
     match structures.memory.read_u8(at) {
         Ok(0) => Ok(()),
         Ok(_) => Err(Reason::TaskState { why: "the kernel is using the FPU".to_owned() }),
         Err(_) => Err(Reason::Unreadable { what: "in_kernel_fpu".to_owned(), at }),
+    }
+}
+
+/// Refuses to leave frames whose variables others may point to: they would be written to when the stack
+/// is long used for something else. `end` is the index of the first frame that stays.
+pub(crate) fn check_stack_links(diagnosis: &Diagnosis, end: usize) -> Result<(), Reason> {
+    let left = diagnosis.frames.get(diagnosis.fault_frame..end).unwrap_or_default();
+    let linked = left.iter().find_map(|frame| {
+        let name = frame.function.as_deref().map(base_name)?;
+        STACK_LINKED.iter().find(|(function, _)| *function == name)
+    });
+    match linked {
+        Some((function, what)) => {
+            Err(Reason::TaskState { why: format!("{what} may point into the stack of {function}") })
+        }
+        None => Ok(()),
     }
 }
 

@@ -55,6 +55,26 @@ pub enum Reason {
         /// Crashes that lead to quarantine.
         limit: u32,
     },
+    /// Text, read-only data and IDT are as they were.
+    #[error("nothing is damaged that the kernel never writes")]
+    NoDamage,
+    /// More is damaged than a flipped bit or a stray write explains.
+    #[error("{pieces} pieces with {bytes} bytes differ from the healthy guest: that is no damage")]
+    TooMuchDamage {
+        /// Pieces.
+        pieces: usize,
+        /// Bytes.
+        bytes: usize,
+    },
+    /// The fault can't be retried after the damage is put back.
+    #[error("the fault cannot be retried: {why}")]
+    NotRetryable {
+        /// Why.
+        why: String,
+    },
+    /// The damage stays, and would be met again.
+    #[error("not enough: what is damaged would be met again")]
+    DamageStays,
     /// A lower rung repairs it.
     #[error("not needed: a lower rung repairs it")]
     NotNeeded,
@@ -81,6 +101,12 @@ pub enum Reason {
     /// There is no core-kernel caller to return to.
     #[error("no caller in the core kernel was found that could be handed an error")]
     NoBoundary,
+    /// No call between the fault of the core kernel and user mode is known to be one that may fail.
+    #[error("no call on the way out of {function} is known to be one that may fail")]
+    NoSafeReturn {
+        /// The core-kernel function at fault.
+        function: String,
+    },
     /// A part of the diagnosis contradicts another.
     #[error("the diagnosis contradicts itself: {what}")]
     Inconsistent {
@@ -128,6 +154,14 @@ pub enum Reason {
         shape: String,
         /// The caller.
         function: String,
+    },
+    /// The caller would do harm whatever it is handed.
+    #[error("{function} can be handed nothing: {why}")]
+    NotReturnable {
+        /// The caller.
+        function: String,
+        /// Why.
+        why: String,
     },
     /// Code analysis could not tell what a frame holds.
     #[error("it is not determined what {} held when the kernel crashed", .functions.join(", "))]

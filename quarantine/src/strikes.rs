@@ -67,7 +67,9 @@ impl Strikes {
 
     /// Counts a crash that was repaired by `rung`.
     pub fn record(&mut self, diagnosis: &Diagnosis, rung: Rung) {
-        if let Some(Offender::Driver { module, .. }) = &diagnosis.offender {
+        // Damaged memory is nobody's fault.
+        let driver = diagnosis.offender.as_ref().filter(|_| rung != Rung::RepairKernel);
+        if let Some(Offender::Driver { module, .. }) = driver {
             if self.drivers.len() < NAMES_MAX || self.drivers.contains_key(module) {
                 let crashes = self.drivers.entry(module.clone()).or_default();
                 crashes.push(self.now_s);

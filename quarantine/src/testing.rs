@@ -386,6 +386,8 @@ impl Scene {
                 effects: held,
                 outer: FrameEffects::default(),
             }),
+            core_exits: Vec::new(),
+            damage: Vec::new(),
             all_effects: Some(FrameEffects::default()),
             message: None,
         }
@@ -507,6 +509,7 @@ fn image(machine: &FakeMachine, types: FakeTypes) -> RepairImage {
             per_cpu: vec![PER_CPU.0],
         },
         modules: vec![module],
+        pristine: Arc::default(),
     }
 }
 

@@ -67,6 +67,10 @@ pub(crate) fn error_for_caller(
     rule: Option<&Rule>,
     types: &dyn Types,
 ) -> Result<Value, Reason> {
+    if let Some(Fixed::Never(why)) = rule.and_then(|rule| rule.fixed) {
+        let function = caller.to_owned();
+        return Err(Reason::NotReturnable { function, why: why.to_owned() });
+    }
     if returns == Some(&TypeShape::Void) {
         return Ok(Value::nothing("the function returns nothing"));
     }
@@ -77,7 +81,7 @@ pub(crate) fn error_for_caller(
         }
         Some(Fixed::Number(number, name, why)) => return Ok(Value::new(number, name, why)),
         Some(Fixed::Enumerator(name, why)) => return enumerator(types, name, why),
-        Some(Fixed::ErrorPointer) | None => {}
+        Some(Fixed::ErrorPointer | Fixed::Never(_)) | None => {}
     }
     let member = rule
         .and_then(|rule| rule.members.iter().find_map(|m| types.member_prototype(m.0, m.1)))
@@ -211,7 +215,9 @@ mod tests {
         assert_eq!(value(None, "__hrtimer_run_queues"), Ok(Some(0)));
         assert_eq!(value(None, "call_timer_fn"), Ok(None));
         assert_eq!(value(None, "kthread"), Ok(Some(-5)));
-        assert_eq!(value(Some(int("int", 4, true)), "__napi_poll"), Ok(Some(0)));
+        assert_eq!(value(Some(int("int", 4, true)), "__napi_poll"), Ok(Some(64)));
+        assert_eq!(value(Some(int("unsigned int", 4, false)), "nf_hook_slow"), Ok(Some(0)));
+        assert_eq!(value(Some(int("int", 4, true)), "kprobe_ftrace_handler"), Ok(Some(0)));
         assert_eq!(value(Some(int("int", 4, true)), "notifier_call_chain"), Ok(Some(0)));
     }
 
@@ -228,6 +234,16 @@ mod tests {
         assert_eq!(value(None, "vfs_write"), Ok(Some(-5)));
         assert!(matches!(value(None, "anything"), Err(Reason::UnknownReturnType { .. })));
         assert!(matches!(value(None, "seq_read_iter"), Err(Reason::UnknownReturnType { .. })));
+    }
+
+    #[test]
+    fn a_caller_that_would_do_harm_is_handed_nothing() {
+        let refused = |returns, caller| {
+            matches!(value(Some(returns), caller), Err(Reason::NotReturnable { .. }))
+        };
+        assert!(refused(int("int", 4, true), "do_one_initcall"));
+        assert!(refused(TypeShape::Void, "__do_sys_delete_module"));
+        assert!(refused(TypeShape::Void, "__submit_bio"));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::modules::{
 };
 use crate::{
     Btf, BuildId, ConfirmedBy, Error, FoundBy, Knowledge, KnowledgeParts, Located, Module,
-    OrcLayout, Placement, RepairImage, Types, compile, locate, locate_without_files, orc,
+    OrcLayout, Placement, Pristine, RepairImage, Types, compile, locate, locate_without_files, orc,
 };
 
 /// Bytes of a page, the unit of hashing.
@@ -32,7 +32,7 @@ const GATE: usize = 16;
 /// How often the module list is read again when it changes meanwhile.
 const TRIES: usize = 4;
 /// First bytes of a stored guest layer, with the format's version.
-const MAGIC: &[u8; 8] = b"DEFIBGL1";
+const MAGIC: &[u8; 8] = b"DEFIBGL2";
 
 /// What is known of the guest's kernel, from files or from its memory.
 #[derive(Clone)]
@@ -84,6 +84,38 @@ pub enum PageKind {
     Text,
     /// `__start_rodata` to `__end_rodata`
     ReadOnlyData,
+    /// `idt_table`
+    Idt,
+    /// Text of a module
+    ModuleText,
+    /// Read-only data of a module
+    ModuleReadOnlyData,
+}
+
+impl PageKind {
+    /// All kinds, by the number that stands for them in files.
+    const ALL: [Self; 5] =
+        [Self::Text, Self::ReadOnlyData, Self::Idt, Self::ModuleText, Self::ModuleReadOnlyData];
+
+    pub(crate) fn number(self) -> u64 {
+        Self::ALL.iter().position(|&kind| kind == self).unwrap_or_default() as u64
+    }
+
+    pub(crate) fn of_number(number: u64) -> Option<Self> {
+        Self::ALL.get(usize::try_from(number).ok()?).copied()
+    }
+
+    /// Whether it is executed.
+    #[must_use]
+    pub fn is_text(self) -> bool {
+        matches!(self, Self::Text | Self::ModuleText)
+    }
+
+    /// Whether it is the kernel proper's, not a module's.
+    #[must_use]
+    pub fn is_of_kernel(self) -> bool {
+        !matches!(self, Self::ModuleText | Self::ModuleReadOnlyData)
+    }
 }
 
 /// Hashes (XXH3, 64 bits) of consecutive pages.
@@ -125,6 +157,9 @@ pub struct GuestLayer {
     /// Hashes of text and read-only pages.
     #[serde(skip)]
     pub pages: Vec<PageHashes>,
+    /// Text and read-only data themselves, to be put back where they were damaged.
+    #[serde(skip)]
+    pub pristine: Arc<Pristine>,
     #[serde(skip)]
     knowledge: Vec<Arc<Knowledge>>,
 }
@@ -167,6 +202,7 @@ impl GuestLayer {
             modules: Vec::new(),
             module_keys: Vec::new(),
             pages: pages(&space, &place, &placement.text),
+            pristine: Arc::new(Pristine::of_kernel(&space, &place, &placement.text)),
             knowledge: Vec::new(),
             placement,
         };
@@ -251,6 +287,7 @@ impl GuestLayer {
             })
         });
         self.knowledge = knowledge.collect();
+        Arc::make_mut(&mut self.pristine).take_modules(space, &modules, &self.modules);
         self.modules = modules;
     }
 
@@ -304,8 +341,8 @@ impl GuestLayer {
         modules.map(module).collect()
     }
 
-    /// For section `.defib.guest` of the image file: magic, length of the JSON part (u64), JSON, then per
-    /// run of pages kind (u64), start, count, and the hashes, 0 for a page that was not mapped. Knowledge of
+    /// For section `.defib.guest` of the image file: magic, length of the JSON part (u64), JSON, the pristine
+    /// pages (number of runs; per run kind, start, length and bytes), then per run of hashed pages kind (u64), start, count, and the hashes, 0 for a page that was not mapped. Knowledge of
     /// modules is not stored: it is read again.
     ///
     /// # Errors
@@ -315,9 +352,9 @@ impl GuestLayer {
         let mut out = MAGIC.to_vec();
         out.extend((json.len() as u64).to_le_bytes());
         out.extend(json);
+        self.pristine.write(&mut out);
         for run in &self.pages {
-            let kind = u64::from(run.kind == PageKind::ReadOnlyData);
-            for word in [kind, run.start.0, run.hashes.len() as u64] {
+            for word in [run.kind.number(), run.start.0, run.hashes.len() as u64] {
                 out.extend(word.to_le_bytes());
             }
             out.extend(run.hashes.iter().flat_map(|hash| hash.unwrap_or(0).to_le_bytes()));
@@ -336,11 +373,11 @@ impl GuestLayer {
         let mut layer: Self = serde_json::from_slice(json)
             .map_err(|error| damaged("JSON of the guest layer, column", error.column()))?;
         rest = rest.get(len..).unwrap_or_default();
+        layer.pristine = Arc::new(Pristine::read(&mut rest)?);
         while !rest.is_empty() {
-            let kind = match word(&mut rest)? {
-                0 => PageKind::Text,
-                _ => PageKind::ReadOnlyData,
-            };
+            let kind = word(&mut rest)?;
+            let kind =
+                PageKind::of_number(kind).ok_or(damaged("kind of hashed pages", kind as usize))?;
             let start = GuestVirt(word(&mut rest)?);
             let count = usize::try_from(word(&mut rest)?).unwrap_or(usize::MAX);
             if count > rest.len() / 8 {
@@ -354,11 +391,11 @@ impl GuestLayer {
     }
 }
 
-fn damaged(what: &'static str, found: usize) -> Error {
+pub(crate) fn damaged(what: &'static str, found: usize) -> Error {
     Error::Damaged { what, found: found as u64, expected: 0 }
 }
 
-fn word(rest: &mut &[u8]) -> Result<u64, Error> {
+pub(crate) fn word(rest: &mut &[u8]) -> Result<u64, Error> {
     let (word, after) = rest.split_first_chunk().ok_or(damaged("end of the guest layer", 0))?;
     *rest = after;
     Ok(u64::from_le_bytes(*word))
@@ -373,6 +410,7 @@ impl RepairImage {
             types: Arc::clone(&kernel.types),
             placement: layer.placement.clone(),
             modules: layer.placed_modules(),
+            pristine: Arc::clone(&layer.pristine),
         }
     }
 }

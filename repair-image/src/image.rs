@@ -7,7 +7,7 @@ use std::sync::Arc;
 use guest::{AddressSpace, GuestPhys, GuestVirt, LinkAddr, PhysMemory};
 use serde::{Deserialize, Serialize};
 
-use crate::{Knowledge, Prototype, SourceFrame, Symbol, Types, UnwindRow};
+use crate::{Knowledge, Pristine, Prototype, SourceFrame, Symbol, Types, UnwindRow};
 
 /// A module of the running guest.
 #[derive(Clone, Debug)]
@@ -82,7 +82,8 @@ impl Location<'_> {
     }
 }
 
-/// The repair image of one running guest.
+/// The repair image of one running guest. Copies share what is large.
+#[derive(Clone)]
 pub struct RepairImage {
     /// Knowledge of the kernel, at link addresses.
     pub kernel: Arc<Knowledge>,
@@ -92,6 +93,8 @@ pub struct RepairImage {
     pub placement: Placement,
     /// The modules, in the kernel's order.
     pub modules: Vec<Module>,
+    /// What the kernel never writes, to be put back where it was damaged.
+    pub pristine: Arc<Pristine>,
 }
 
 impl RepairImage {

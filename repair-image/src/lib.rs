@@ -6,6 +6,7 @@ mod btf;
 mod build_id;
 pub mod cfi;
 pub mod compile;
+mod damage;
 mod debug_files;
 mod draft;
 mod error;
@@ -20,7 +21,9 @@ mod locate;
 mod mmap;
 mod modules;
 pub mod orc;
+mod patch_sites;
 pub mod payload;
+mod pristine;
 mod record;
 mod source;
 mod symbol;
@@ -36,6 +39,7 @@ mod vmcoreinfo;
 
 pub use btf::Btf;
 pub use build_id::{BuildId, ParseBuildIdError};
+pub use damage::{Comparison, Damage, compare, compare_within};
 pub use debug_files::{DebugFiles, ModuleFile, Search, build_id_path};
 pub use error::Error;
 pub use guest_layer::{Gate, GuestLayer, KernelFacts, PageHashes, PageKind, without_files};
@@ -49,6 +53,8 @@ pub use modules::{
     LoadedModule, ModuleKey, ModuleReader, ModuleState, btf_of_modules, knowledge_from_memory,
 };
 pub use orc::OrcLayout;
+pub use patch_sites::{PatchSites, SiteKind};
+pub use pristine::{Pristine, PristineMemory, PristineRun};
 pub use source::SourceFrame;
 pub use symbol::{Symbol, SymbolKind, base_name};
 pub use types::{Member, Parameter, Prototype, TypeShape, Types};

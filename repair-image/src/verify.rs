@@ -5,7 +5,7 @@ use guest::{AddressSpace, GuestVirt, PhysMemory, VirtMemory};
 use serde::Serialize;
 
 use crate::guest_layer::{PAGE, Place, hash_pages};
-use crate::{GuestLayer, KernelFacts, PageKind};
+use crate::{Damage, GuestLayer, KernelFacts, PageKind, RepairImage, compare};
 
 /// Symbols named per page.
 const MAX_SYMBOLS: usize = 16;
@@ -51,6 +51,8 @@ pub struct Verification {
     pub pages: usize,
     /// Pages that differ.
     pub differing: Vec<DifferingPage>,
+    /// Damage: bytes that differ where the kernel itself rewrites nothing.
+    pub damage: Vec<Damage>,
     /// IDT vectors whose gates differ.
     pub gates: Vec<u8>,
     /// Whether `sys_call_table` differs.
@@ -65,6 +67,7 @@ impl Verification {
     pub fn is_clean(&self) -> bool {
         self.same_boot
             && self.differing.is_empty()
+            && self.damage.is_empty()
             && self.gates.is_empty()
             && !self.syscall_table
             && self.modules == Some(false)
@@ -98,6 +101,7 @@ pub fn verify(phys: &dyn PhysMemory, kernel: &KernelFacts, layer: &GuestLayer) -
         same_boot: layer.is_same_boot(phys, kernel),
         pages: layer.pages.iter().map(|run| run.hashes.len()).sum(),
         differing,
+        damage: compare(&RepairImage::assemble(kernel, layer), phys).damage,
         gates: changed.collect(),
         syscall_table: place.syscall_table(&space) != layer.syscall_table,
         modules: place.module_keys(&space).ok().map(|keys| keys != layer.module_keys),

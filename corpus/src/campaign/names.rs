@@ -37,6 +37,19 @@ pub(crate) fn class(class: Class) -> &'static str {
         Class::Divide => "divide",
         Class::StackOverflow => "stack_overflow",
         Class::Panic => "panic",
+        Class::EndlessLoop => "endless_loop",
+        Class::EndlessLoopIrqsOff => "endless_loop_irqs_off",
+        Class::SpinlockSelfDeadlock => "spinlock_self_deadlock",
+        Class::SpinlockCycle => "spinlock_cycle",
+        Class::DoubleFree => "double_free",
+        Class::Fortify => "fortify",
+        Class::StackProtector => "stack_protector",
+        Class::UserAccess => "user_access",
+        Class::InvalidOpcode => "invalid_opcode",
+        Class::Warning => "warning",
+        Class::TextCorruption => "text_corruption",
+        Class::RodataCorruption => "read_only_data_corruption",
+        Class::IdtCorruption => "idt_corruption",
     }
 }
 
@@ -72,5 +85,6 @@ pub(crate) fn rung(rung: Rung) -> u64 {
     match rung {
         Rung::ReturnError => 1,
         Rung::EndProcess => 3,
+        Rung::RepairKernel => 4,
     }
 }

@@ -31,13 +31,24 @@ macro_rules! sources {
 const SOURCES: &[Source] = sources![
     "Makefile",
     "crash.h",
+    "crash_arm.h",
     "crash_chardev.c",
+    "crash_hang.c",
     "crash_locks.c",
     "crash_timer.c",
     "crash_work.c",
     "crash_irq.c",
     "crash_core.c",
+    "crash_class.c",
     "crash_callback.c",
+    "crash_proc.c",
+    "crash_fops.c",
+    "crash_async.c",
+    "crash_net.c",
+    "crash_init.c",
+    "crash_bind.c",
+    "crash_fs.c",
+    "crash_text.c",
 ];
 
 /// One driver, built.

@@ -19,12 +19,24 @@ const SOURCES: &[(&str, &str)] = &[
     ("agent.h", include_str!("../../guest/agent.h")),
     ("agent.c", include_str!("../../guest/agent.c")),
     ("system.c", include_str!("../../guest/system.c")),
+    ("trigger.h", include_str!("../../guest/trigger.h")),
     ("trigger.c", include_str!("../../guest/trigger.c")),
+    ("trigger_core.c", include_str!("../../guest/trigger_core.c")),
+    ("trigger_text.c", include_str!("../../guest/trigger_text.c")),
+    ("trigger_path.c", include_str!("../../guest/trigger_path.c")),
     ("supervise.c", include_str!("../../guest/supervise.c")),
     ("workload.h", include_str!("../../guest/workload.h")),
     ("workload.c", include_str!("../../guest/workload.c")),
 ];
-const AGENT: &[&str] = &["agent.c", "system.c", "trigger.c", "supervise.c"];
+const AGENT: &[&str] = &[
+    "agent.c",
+    "system.c",
+    "trigger.c",
+    "trigger_core.c",
+    "trigger_text.c",
+    "trigger_path.c",
+    "supervise.c",
+];
 const WORKLOAD: &[&str] = &["workload.c"];
 
 /// Modules in the order of their needs; those built into a kernel are not there as files.
@@ -36,6 +48,11 @@ const MODULE_ORDER: &[&str] = &[
     "virtio_pci_legacy_dev",
     "virtio_pci",
     "virtio_blk",
+    "crc16",
+    "crc32c_generic",
+    "mbcache",
+    "jbd2",
+    "ext4",
     "virtio_balloon",
     "pvpanic",
     "pvpanic-mmio",
@@ -119,6 +136,53 @@ pub(crate) fn path(kernel: &Kernel) -> Result<PathBuf> {
     }
     let folder = cache::folder("initramfs", &key.name(), |dir| make(kernel, dir))?;
     Ok(folder.join("initramfs.cpio"))
+}
+
+/// A file of a boot image.
+pub(crate) struct Extra {
+    /// Its path from the root.
+    pub(crate) path: String,
+    /// Its content.
+    pub(crate) bytes: Vec<u8>,
+    /// Whether it is a program.
+    pub(crate) program: bool,
+}
+
+/// The boot image with more files in it: the kernel unpacks archives one after the other
+/// (init/initramfs.c, unpack_to_rootfs()).
+pub(crate) fn extended(kernel: &Kernel, links: &[&str], files: &[Extra]) -> Result<PathBuf> {
+    let base = path(kernel)?;
+    let mut key = cache::Key::default().add("extended 1").add(base.to_string_lossy().as_bytes());
+    key = key.add_stat(&base)?;
+    for link in links {
+        key = key.add(link);
+    }
+    for file in files {
+        key = key.add(&file.path).add(&file.bytes);
+    }
+    let folder = cache::folder("initramfs", &key.name(), |dir| {
+        let mut more = Cpio::default();
+        for applet in links {
+            more.link(&format!("bin/{applet}"), "busybox");
+        }
+        for file in files {
+            more.file(&file.path, if file.program { 0o755 } else { 0o644 }, &file.bytes);
+        }
+        let mut bytes = fs::read(&base).map_err(Error::file("read", &base))?;
+        bytes.extend(more.finish());
+        let out = dir.join("initramfs.cpio");
+        fs::write(&out, bytes).map_err(Error::file("write", &out))
+    })?;
+    Ok(folder.join("initramfs.cpio"))
+}
+
+/// Compiles a program for guests out of one source file.
+pub(crate) fn program(name: &str, text: &str) -> Result<Vec<u8>> {
+    let dir = tempfile::tempdir().map_err(Error::file("create", Path::new("a folder")))?;
+    let source = format!("{name}.c");
+    let path = dir.path().join(&source);
+    fs::write(&path, text).map_err(Error::file("write", &path))?;
+    compile(dir.path(), name, &[&source])
 }
 
 fn compile(dir: &Path, program: &str, sources: &[&str]) -> Result<Vec<u8>> {

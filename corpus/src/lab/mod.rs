@@ -6,7 +6,7 @@ pub(crate) mod build;
 pub(crate) mod cache;
 mod disk;
 mod drivers;
-mod initramfs;
+pub(crate) mod initramfs;
 mod kernel;
 mod kit;
 mod nested;

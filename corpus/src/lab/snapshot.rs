@@ -83,6 +83,19 @@ impl Snapshot {
     /// answer.
     pub fn restore(&self) -> Result<Vm> {
         let begin = Instant::now();
+        let mut vm = self.restore_standing()?;
+        vm.go_on()?;
+        vm.wait_for_agent(WAKE_LIMIT)?;
+        vm.set_took(begin.elapsed());
+        Ok(vm)
+    }
+
+    /// The same, before its first instruction: what is changed in it now it never knew otherwise.
+    /// [`Vm::go_on`] lets it run.
+    ///
+    /// # Errors
+    /// [`Error::Qmp`] when QEMU does not take the state.
+    pub fn restore_standing(&self) -> Result<Vm> {
         let run = Run::new()?;
         let files = run.files();
         copy_sparse(&self.dir.join("disk.img"), &files.disk())?;
@@ -96,10 +109,12 @@ impl Snapshot {
         let uri = format!("exec:cat {}", quoted(&state));
         control.command("migrate-incoming", json!({ "uri": uri }))?;
         wait_for_migration(control)?;
-        control.command("cont", json!({}))?;
-        vm.wait_for_agent(WAKE_LIMIT)?;
-        vm.set_took(begin.elapsed());
         Ok(vm)
+    }
+
+    /// The snapshot in a folder that [`Snapshot::take`] filled.
+    pub(crate) fn in_folder(dir: PathBuf, config: VmConfig) -> Self {
+        Self { dir, config }
     }
 }
 

@@ -436,6 +436,14 @@ impl Vm {
         disk::check(&self.files.disk())
     }
 
+    /// Lets a guest run that stands.
+    ///
+    /// # Errors
+    /// [`Error::Qmp`] when QEMU does not.
+    pub fn go_on(&mut self) -> Result<()> {
+        self.control.command("cont", json!({})).map(drop)
+    }
+
     /// Leaves the VM running on its own; [`stop`] ends it later. Gives its run folder.
     pub fn leave(mut self) -> PathBuf {
         if let Some(run) = self.run.take() {

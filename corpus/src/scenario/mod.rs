@@ -33,6 +33,32 @@ pub enum Class {
     StackOverflow,
     /// A call of `panic()`.
     Panic,
+    /// A processor that does not leave a loop.
+    EndlessLoop,
+    /// The same with interrupts off.
+    EndlessLoopIrqsOff,
+    /// A spinlock that its holder waits for.
+    SpinlockSelfDeadlock,
+    /// Spinlocks whose holders wait for each other.
+    SpinlockCycle,
+    /// The allocator's check for an object freed twice.
+    DoubleFree,
+    /// The check of the fortified string functions.
+    Fortify,
+    /// The canary on the stack.
+    StackProtector,
+    /// Kernel code that runs or touches user memory.
+    UserAccess,
+    /// An instruction that the processor does not know.
+    InvalidOpcode,
+    /// A `WARN()` where `kernel.panic_on_warn` is set.
+    Warning,
+    /// Text that is not what it was.
+    TextCorruption,
+    /// Read-only data that is not what it was.
+    RodataCorruption,
+    /// A gate of the IDT that is not what it was.
+    IdtCorruption,
 }
 
 /// In which context the fault happens.
@@ -91,6 +117,8 @@ pub enum Rung {
     ReturnError,
     /// 3: the process is ended, after the locks it holds are released.
     EndProcess,
+    /// 4: what was damaged of the kernel is put back.
+    RepairKernel,
 }
 
 /// Who is to blame.
@@ -266,6 +294,31 @@ impl Case {
         self.blame = Blame::Process { core_function };
         self.rung = Rung::EndProcess;
         self.sees = Sight::Killed;
+        self
+    }
+
+    /// The core kernel faults, and the process sees its call fail.
+    pub(super) const fn fails_in(mut self, core_function: &'static str) -> Self {
+        self.blame = Blame::Process { core_function };
+        self
+    }
+
+    /// What was damaged is put back.
+    pub(super) const fn repairs_kernel(mut self) -> Self {
+        self.rung = Rung::RepairKernel;
+        self
+    }
+
+    /// The process ran into it in this function of the core kernel.
+    pub(super) const fn in_core(mut self, core_function: &'static str) -> Self {
+        self.blame = Blame::Process { core_function };
+        self
+    }
+
+    /// A driver's fault out of which no error can be returned: it costs the process.
+    pub(super) const fn ends_process(mut self, sight: Sight) -> Self {
+        self.rung = Rung::EndProcess;
+        self.sees = sight;
         self
     }
 

@@ -62,6 +62,7 @@ fn image_of(vmlinux: &Path) -> RepairImage {
             per_cpu: Vec::new(),
         },
         modules: Vec::new(),
+        pristine: std::sync::Arc::default(),
         kernel,
     }
 }

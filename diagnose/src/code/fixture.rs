@@ -271,6 +271,7 @@ pub(crate) fn kernel() -> (RepairImage, FakeMachine) {
             per_cpu: Vec::new(),
         },
         modules: Vec::new(),
+        pristine: Arc::default(),
     };
     let mut machine = FakeMachine::new(8 << 20, false);
     machine.map(GuestVirt(TEXT), GuestPhys(0x20_0000), PageSize::Size2M);

@@ -192,6 +192,7 @@ fn image(root: GuestPhys, variant: u8) -> RepairImage {
             sections: vec![(".data".to_owned(), GuestVirt(MODULE + MODULE_TEXT))],
             knowledge: Arc::clone(module),
         }],
+        pristine: Arc::default(),
     }
 }
 

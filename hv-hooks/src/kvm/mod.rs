@@ -179,7 +179,7 @@ impl<M: GuestMemoryBackend> Drop for KvmMachine<M> {
     }
 }
 
-impl<M: GuestMemoryBackend> Machine for KvmMachine<M> {
+impl<M: GuestMemoryBackend + Send + Sync + 'static> Machine for KvmMachine<M> {
     fn phys(&self) -> &dyn PhysMemory {
         &self.ram
     }
@@ -206,6 +206,10 @@ impl<M: GuestMemoryBackend> Machine for KvmMachine<M> {
 
     fn fresh_memory(&mut self) -> Option<&mut dyn FreshMemory> {
         Some(self)
+    }
+
+    fn second_view(&self) -> Option<Box<dyn PhysMemory + Send>> {
+        Some(Box::new(self.ram.without_fresh()))
     }
 
     fn caller(&mut self) -> Option<&mut dyn Call> {

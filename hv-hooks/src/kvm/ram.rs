@@ -1,6 +1,7 @@
 //! Guest-physical memory as the guard sees it: the VMM's RAM, and fresh memory while it is there.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use guest::{FreshKind, FreshRegion, GuestPhys, MemoryError, PhysMemory};
@@ -13,13 +14,18 @@ use crate::Error;
 
 /// RAM of the VMM's and of ours.
 pub(super) struct Ram<M: GuestMemoryBackend> {
-    memory: M,
+    memory: Arc<M>,
     fresh: Vec<(FreshRegion, GuestRam<GuestMemoryMmap>)>,
 }
 
 impl<M: GuestMemoryBackend> Ram<M> {
     pub(super) fn new(memory: M) -> Self {
-        Self { memory, fresh: Vec::new() }
+        Self { memory: Arc::new(memory), fresh: Vec::new() }
+    }
+
+    /// The VMM's part only: fresh memory can go at any time.
+    pub(super) fn without_fresh(&self) -> Self {
+        Self { memory: Arc::clone(&self.memory), fresh: Vec::new() }
     }
 
     /// A region was added; it is in the VM already.
@@ -78,7 +84,7 @@ impl<M: GuestMemoryBackend> Ram<M> {
         let to = GuestAddress(at.0);
         let done = match self.fresh_at(at) {
             Some(fresh) => write(fresh, to, bytes),
-            None => write(&self.memory, to, bytes),
+            None => write(&*self.memory, to, bytes),
         };
         done.ok_or(MemoryError::NotRam { at, len: bytes.len() })
     }
@@ -95,7 +101,7 @@ impl<M: GuestMemoryBackend> PhysMemory for Ram<M> {
         let (from, len) = (GuestAddress(at.0), into.len());
         let done = match self.fresh_at(at) {
             Some(fresh) => read(fresh, from, into),
-            None => read(&self.memory, from, into),
+            None => read(&*self.memory, from, into),
         };
         // Which byte is at fault is only looked up when one is.
         match done {

@@ -231,6 +231,10 @@ impl Machine for Qemu {
         Some(self)
     }
 
+    fn second_view(&self) -> Option<Box<dyn PhysMemory + Send>> {
+        Some(Box::new(self.ram.clone()))
+    }
+
     fn caller(&mut self) -> Option<&mut dyn Call> {
         Some(self)
     }

@@ -43,11 +43,12 @@ struct Region {
     backing: Backing,
 }
 
-/// The RAM of a VM.
+/// The RAM of a VM. A copy sees what the original saw when it was made.
+#[derive(Clone)]
 pub(crate) struct GuestRam {
     process: Process,
     /// Signals the end of the process: its id may be another's then.
-    pidfd: OwnedFd,
+    pidfd: Arc<OwnedFd>,
     /// Ascending, without overlap.
     regions: Vec<Region>,
 }
@@ -61,7 +62,7 @@ impl GuestRam {
             rustix::process::PidfdFlags::empty(),
         )
         .map_err(Error::os("pidfd_open of QEMU"))?;
-        Ok(Self { process, pidfd, regions: Vec::new() })
+        Ok(Self { process, pidfd: Arc::new(pidfd), regions: Vec::new() })
     }
 
     /// Adds ranges of guest memory: where each starts and ends, whether it is RAM, and the address of its

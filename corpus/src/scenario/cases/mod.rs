@@ -1,10 +1,20 @@
 //! The tables of cases, one a driver.
 
+mod bind;
 mod callback;
 mod chardev;
+mod class;
 mod core;
+mod deferred;
+mod fops;
+mod fs;
+mod hang;
+mod init;
 mod irq;
 mod locks;
+mod net;
+mod proc;
+mod text;
 mod timer;
 mod work;
 
@@ -15,10 +25,20 @@ const TABLES: &[&[Case]] = &[
     chardev::CASES,
     locks::CASES,
     timer::CASES,
+    hang::CASES,
     irq::CASES,
     work::CASES,
     callback::CASES,
+    proc::CASES,
+    fops::CASES,
+    deferred::CASES,
+    net::CASES,
+    init::CASES,
+    bind::CASES,
+    fs::CASES,
     core::CASES,
+    class::CASES,
+    text::CASES,
 ];
 
 /// All cases of the corpus.

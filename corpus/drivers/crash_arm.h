@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * How drivers whose faults lie in callbacks are armed: "arm:CASE", written to the driver's device, makes
+ * the next callback of that case fault, once. No faults here, and no self-check.
+ */
+#ifndef CRASH_ARM_H
+#define CRASH_ARM_H
+
+#include "crash.h"
+
+/* What a callback that is armed goes through; nobody ever sets it: the mistake. */
+struct settings {
+	int level;
+	long limit;
+	void *table;
+	/* One for each of the callbacks in one function, or a compiler would make them one line. */
+	int each[16];
+};
+
+static struct settings *settings;
+static char crash_armed[CRASH_NAME_MAX];
+
+/* Whether a callback is to fault now; it does so once. */
+static bool due(const char *name)
+{
+	if (likely(strcmp(crash_armed, name)))
+		return false;
+	crash_armed[0] = 0;
+	return true;
+}
+
+/* Takes "arm:CASE"; anything else is -EINVAL. */
+static inline int crash_arm(const char __user *from, size_t count)
+{
+	char name[CRASH_NAME_MAX];
+	int error = crash_name(name, from, count);
+
+	if (error)
+		return error;
+	if (strncmp(name, "arm:", 4))
+		return -EINVAL;
+	strscpy(crash_armed, name + 4, sizeof(crash_armed));
+	return 0;
+}
+
+#endif

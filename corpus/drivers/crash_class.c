@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * A recorder of readings with mistakes that the kernel's own checks find: allocator, lists, string
+ * functions, stack protector, reference counts, and jumps to what is no code. Faults by a plain bad
+ * pointer are in crash_chardev.c.
+ */
+#include <linux/list.h>
+#include <linux/miscdevice.h>
+#include <linux/module.h>
+#include <linux/refcount.h>
+
+#include "crash.h"
+
+struct reading {
+	struct list_head entry;
+	struct reading *calibration;
+	long value;
+	char padding[152];                      /* kmalloc-192 */
+};
+
+struct recorder {
+	struct mutex lock;
+	spinlock_t ring_lock;
+	struct list_head readings;
+	refcount_t users;
+	size_t length;                          /* 600: longer than anything here */
+	int minus_one;
+	int words;                              /* 9 */
+	char label[16];                         /* no NUL in it */
+	unsigned long registers[4];
+	const char __user *user;                /* the buffer of the write under way */
+};
+
+static struct recorder recorder;
+
+static int fault_double_free(struct recorder *r)
+{
+	struct reading *first = kmalloc(sizeof(*first), GFP_KERNEL);
+	struct reading *again = first;
+
+	if (!first)
+		return -ENOMEM;
+	OPTIMIZER_HIDE_VAR(again);
+	kfree(first);
+	kfree(again); /* CRASH: double-free */
+	return 0;
+}
+
+/* Freed, handed out again and filled: what was a pointer is somebody else's data by now. */
+static int fault_use_after_free(struct recorder *r)
+{
+	struct reading *stale = kmalloc(sizeof(*stale), GFP_KERNEL);
+	struct reading *other, *used = stale;
+	int value = 0;
+
+	OPTIMIZER_HIDE_VAR(used);
+	kfree(stale);
+	other = kmalloc(sizeof(*other), GFP_KERNEL);
+	if (other != used) {
+		kfree(other);
+		return -EAGAIN;
+	}
+	memset(other, 0x5a, sizeof(*other));
+	value = READ_ONCE(used->calibration->value); /* CRASH: use-after-free */
+	kfree(other);
+	return value;
+}
+
+static int fault_list_add(struct recorder *r)
+{
+	struct reading *reading = kzalloc(sizeof(*reading), GFP_KERNEL);
+	struct list_head list;
+
+	if (!reading)
+		return -ENOMEM;
+	/* A neighbour that does not point back. */
+	list.next = &reading->entry;
+	list.prev = &list;
+	reading->entry.prev = &reading->entry;
+	list_add(&r->readings, &list); /* CRASH: list-add */
+	return 0;
+}
+
+static int fault_list_del_twice(struct recorder *r)
+{
+	struct reading *reading = kzalloc(sizeof(*reading), GFP_KERNEL);
+
+	if (!reading)
+		return -ENOMEM;
+	list_add(&reading->entry, &r->readings);
+	list_del(&reading->entry);
+	list_del(&reading->entry); /* CRASH: list-del-twice */
+	return 0;
+}
+
+static int fault_usercopy_write(struct recorder *r)
+{
+	char *record = kmalloc(32, GFP_KERNEL);
+
+	if (!record)
+		return -ENOMEM;
+	OPTIMIZER_HIDE_VAR(record);
+	return copy_from_user(record, r->user, READ_ONCE(r->length)); /* CRASH: usercopy-write */
+}
+
+static int fault_fortify(struct recorder *r)
+{
+	memset(r->label, 'x', sizeof(r->label));
+	return strlen(r->label); /* CRASH: fortify */
+}
+
+/* Writes as many words as it is told to, which is one more than the window holds. */
+static noinline long smooth(const unsigned long *from, int words)
+{
+	unsigned long window[8];
+	long sum = 0;
+	int n;
+
+	for (n = 0; n < words; n++) {
+		window[n] = READ_ONCE(from[n & 3]) + n;
+		/* The compiler must believe that this goes somewhere. */
+		barrier_data(&window[n]);
+	}
+	for (n = 0; n < 8; n++)
+		sum += READ_ONCE(window[n]);
+	return sum;
+} /* CRASH: stack-canary */
+
+static int fault_stack_canary(struct recorder *r)
+{
+	return smooth(r->registers, READ_ONCE(r->words)) & 1;
+}
+
+/* The return address itself is overwritten, and no canary guards it. */
+static noinline __no_stack_protector int fault_return_address(struct recorder *r)
+{
+	unsigned long *slot = (unsigned long *)__builtin_frame_address(0) + 1;
+
+	WRITE_ONCE(*slot, (unsigned long)r->label);
+	return 0; /* CRASH: return-address */
+}
+
+static int fault_call_data(struct recorder *r)
+{
+	int (*convert)(struct recorder *r) = (void *)r->registers;
+
+	OPTIMIZER_HIDE_VAR(convert);
+	return convert(r) + 1; /* CRASH: call-data */
+}
+
+static int fault_call_user(struct recorder *r)
+{
+	int (*convert)(struct recorder *r) = (void *)r->user;
+
+	OPTIMIZER_HIDE_VAR(convert);
+	return convert(r) + 1; /* CRASH: call-user */
+}
+
+static int fault_call_noncanonical(struct recorder *r)
+{
+	int (*convert)(struct recorder *r) = (void *)0x5a5a5a5a5a5a5a5aUL;
+
+	OPTIMIZER_HIDE_VAR(convert);
+	return convert(r) + 1; /* CRASH: call-noncanonical */
+}
+
+static int fault_divide_overflow(struct recorder *r)
+{
+	int lowest = INT_MIN;
+
+	OPTIMIZER_HIDE_VAR(lowest);
+	return lowest / READ_ONCE(r->minus_one); /* CRASH: divide-overflow */
+}
+
+static int fault_invalid_opcode(struct recorder *r)
+{
+	/* What a compiler leaves where it takes the end of a function for unreachable. */
+	asm volatile("ud2"); /* CRASH: invalid-opcode */
+	unreachable();
+}
+
+static int fault_int3(struct recorder *r)
+{
+	asm volatile("int3"); /* CRASH: int3 */
+	return 0;
+}
+
+static int fault_bug_atomic(struct recorder *r)
+{
+	spin_lock(&r->ring_lock);
+	BUG_ON(r->minus_one); /* CRASH: bug-atomic */
+	spin_unlock(&r->ring_lock);
+	return 0;
+}
+
+static int fault_panic_locked(struct recorder *r)
+{
+	mutex_lock(&r->lock);
+	if (r->minus_one)
+		panic("crash_class: a reading of %d", r->minus_one); /* CRASH: panic-locked */
+	mutex_unlock(&r->lock);
+	return 0;
+}
+
+/* The warnings crash only a guest that has kernel.panic_on_warn set. */
+static int fault_warn(struct recorder *r)
+{
+	mutex_lock(&r->lock);
+	WARN_ON(r->minus_one); /* CRASH: warn */
+	mutex_unlock(&r->lock);
+	return 0;
+}
+
+static int fault_refcount(struct recorder *r)
+{
+	refcount_set(&r->users, 0);
+	refcount_inc(&r->users); /* CRASH: refcount */
+	return 0;
+}
+
+static int fault_refcount_underflow(struct recorder *r)
+{
+	refcount_set(&r->users, 0);
+	if (refcount_dec_and_test(&r->users)) /* CRASH: refcount-underflow */
+		return -EINVAL;
+	return 0;
+}
+
+static const struct {
+	const char *name;
+	int (*run)(struct recorder *r);
+} faults[] = {
+	{ "double-free", fault_double_free },
+	{ "use-after-free", fault_use_after_free },
+	{ "list-add", fault_list_add },
+	{ "list-del-twice", fault_list_del_twice },
+	{ "usercopy-write", fault_usercopy_write },
+	{ "fortify", fault_fortify },
+	{ "stack-canary", fault_stack_canary },
+	{ "return-address", fault_return_address },
+	{ "call-data", fault_call_data },
+	{ "call-user", fault_call_user },
+	{ "call-noncanonical", fault_call_noncanonical },
+	{ "divide-overflow", fault_divide_overflow },
+	{ "invalid-opcode", fault_invalid_opcode },
+	{ "int3", fault_int3 },
+	{ "bug-atomic", fault_bug_atomic },
+	{ "panic-locked", fault_panic_locked },
+	{ "warn", fault_warn },
+	{ "refcount", fault_refcount },
+	{ "refcount-underflow", fault_refcount_underflow },
+};
+
+static ssize_t recorder_write(struct file *file, const char __user *from, size_t count, loff_t *at)
+{
+	struct recorder *r = &recorder;
+	char name[CRASH_NAME_MAX];
+	int error = crash_name(name, from, count);
+	int n;
+
+	if (error)
+		return error;
+	r->user = from;
+	for (n = 0; n < ARRAY_SIZE(faults); n++) {
+		if (strcmp(faults[n].name, name))
+			continue;
+		error = faults[n].run(r);
+		return error < 0 ? error : count;
+	}
+	return -EINVAL;
+}
+
+static ssize_t recorder_read(struct file *file, char __user *to, size_t count, loff_t *at)
+{
+	struct recorder *r = &recorder;
+	const char *wrong = NULL;
+
+	if (!crash_trylock(mutex_trylock(&r->lock)))
+		wrong = "lock";
+	else
+		mutex_unlock(&r->lock);
+	if (!crash_trylock(spin_trylock(&r->ring_lock)))
+		wrong = "ring-lock";
+	else
+		spin_unlock(&r->ring_lock);
+	return crash_verdict(wrong, to, count, at);
+}
+
+static const struct file_operations recorder_operations = {
+	.owner = THIS_MODULE,
+	.read = recorder_read,
+	.write = recorder_write,
+};
+
+static struct miscdevice recorder_device = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = "crash_class",
+	.fops = &recorder_operations,
+	.mode = 0666,
+};
+
+static int __init recorder_init(void)
+{
+	mutex_init(&recorder.lock);
+	spin_lock_init(&recorder.ring_lock);
+	INIT_LIST_HEAD(&recorder.readings);
+	recorder.length = 600;
+	recorder.minus_one = -1;
+	recorder.words = 9;
+	return misc_register(&recorder_device);
+}
+
+static void __exit recorder_exit(void)
+{
+	misc_deregister(&recorder_device);
+}
+
+module_init(recorder_init);
+module_exit(recorder_exit);
+MODULE_DESCRIPTION("Crash corpus: faults that the kernel's own checks find");
+MODULE_LICENSE("GPL");

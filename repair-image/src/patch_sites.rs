@@ -1,0 +1,241 @@
+//! Places in text that the kernel rewrites while it runs: a byte that differs there is no damage. Knows the
+//! tables and the shapes of what is written; comparing is `damage.rs`'s.
+//!
+//! Alternatives, retpolines, return thunks and paravirtual calls are patched before text is read for the
+//! repair image (at boot, and while a module is loaded), so they are no sites. A kprobe's int3 may stand
+//! anywhere.
+
+use guest::{GuestVirt, VirtMemory};
+use serde::Serialize;
+
+use crate::RepairImage;
+
+/// More jump labels or static call sites than any kernel has.
+const MAX_SITES: u64 = 1 << 18;
+/// Bytes of a near jump or call, and of the nop in their place.
+const JUMP: u64 = 5;
+/// Bytes of `endbr64`, which stands before the ftrace nop with `CONFIG_X86_KERNEL_IBT`.
+const ENDBR: &[u8] = &[0xf3, 0x0f, 0x1e, 0xfa];
+/// The nop of five bytes (`P6_NOP5`, arch/x86/include/asm/nops.h).
+const NOP5: &[u8] = &[0x0f, 0x1f, 0x44, 0x00, 0x00];
+const INT3: u8 = 0xcc;
+const CALL: u8 = 0xe8;
+const JMP: u8 = 0xe9;
+const JMP_SHORT: u8 = 0xeb;
+/// First byte of the nop of two bytes, `66 90`.
+const NOP2: u8 = 0x66;
+/// First byte of a conditional near jump, which has six bytes.
+const TWO_BYTES: u8 = 0x0f;
+/// `lock` prefix, and the `ds` prefix that takes its place while there is one CPU
+/// (arch/x86/kernel/alternative.c, `alternatives_smp_lock()`).
+const LOCK: [u8; 2] = [0xf0, 0x3e];
+
+/// Functions that ftrace rewrites inside (arch/x86/kernel/ftrace_64.S: `ftrace_call`, `ftrace_graph_call`).
+const REWRITTEN: &[&str] =
+    &["ftrace_caller", "ftrace_regs_caller", "ftrace_graph_caller", "ftrace_epilogue"];
+
+/// Why the kernel rewrites a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum SiteKind {
+    /// A static key was switched.
+    JumpLabel,
+    /// The target of a static call was set.
+    StaticCall,
+    /// A function's entry is traced, live patched, or has a BPF program.
+    FunctionEntry,
+    /// A breakpoint: a kprobe, or text that is just being patched.
+    Breakpoint,
+    /// A jump or call to code that was made at run time: an optimised kprobe.
+    Detour,
+    /// A lock prefix: the number of CPUs changed from or to one.
+    LockPrefix,
+    /// ftrace's own entry code.
+    Tracer,
+}
+
+/// Patch sites of one kernel with its modules, from its tables.
+#[derive(Clone, Debug, Default)]
+pub struct PatchSites {
+    /// Start and kind, ascending.
+    sites: Vec<(GuestVirt, SiteKind)>,
+}
+
+impl PatchSites {
+    /// Reads the tables from `memory`: pristine bytes over the guest's, so that damage in a table does not
+    /// hide damage in text.
+    #[must_use]
+    pub fn read(image: &RepairImage, memory: &dyn VirtMemory) -> Self {
+        let mut sites = Vec::new();
+        let tables = [
+            (
+                SiteKind::JumpLabel,
+                "jump_entry",
+                "code",
+                "__start___jump_table",
+                "__stop___jump_table",
+            ),
+            (
+                SiteKind::StaticCall,
+                "static_call_site",
+                "addr",
+                "__start_static_call_sites",
+                "__stop_static_call_sites",
+            ),
+        ];
+        for (kind, structure, member, start, stop) in tables {
+            let ends = image.address_of(start).zip(image.address_of(stop));
+            if let Some((start, stop)) = ends.filter(|(start, stop)| start < stop) {
+                let size = image.types.size_of(structure).unwrap_or(0).max(1);
+                let table = Table { at: start, count: (stop - start) / size, structure, member };
+                sites.extend(table.sites(image, memory).into_iter().map(|at| (at, kind)));
+            }
+        }
+        for module in &image.modules {
+            for (kind, structure, member, pointer, count) in [
+                (SiteKind::JumpLabel, "jump_entry", "code", "jump_entries", "num_jump_entries"),
+                (
+                    SiteKind::StaticCall,
+                    "static_call_site",
+                    "addr",
+                    "static_call_sites",
+                    "num_static_call_sites",
+                ),
+            ] {
+                let word = |path: &str| {
+                    let member = image.types.member("module", path)?;
+                    memory.read_uint(module.at + member.offset, member.size).ok()
+                };
+                if let Some((at, count)) = word(pointer).zip(word(count)) {
+                    let table = Table { at: GuestVirt(at), count, structure, member };
+                    sites.extend(table.sites(image, memory).into_iter().map(|at| (at, kind)));
+                }
+            }
+        }
+        sites.sort_unstable();
+        Self { sites }
+    }
+
+    /// Number of sites known from tables.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.sites.len()
+    }
+
+    /// Whether none is known.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.sites.is_empty()
+    }
+
+    /// Why the kernel may have changed the byte at `at`; `None` = no reason is known. `was` and `is` are
+    /// text before and now.
+    #[must_use]
+    pub fn reason(
+        &self,
+        image: &RepairImage,
+        was: &dyn VirtMemory,
+        is: &dyn VirtMemory,
+        at: GuestVirt,
+    ) -> Option<SiteKind> {
+        let [old, new] = [was.read_u8(at).ok()?, is.read_u8(at).ok()?];
+        if new == INT3 {
+            return Some(SiteKind::Breakpoint);
+        }
+        if LOCK.contains(&old) && LOCK.contains(&new) {
+            return Some(SiteKind::LockPrefix);
+        }
+        self.in_table(was, at)
+            .or_else(|| at_entry(image, was, at))
+            .or_else(|| detour(image, is, at))
+    }
+
+    fn in_table(&self, was: &dyn VirtMemory, at: GuestVirt) -> Option<SiteKind> {
+        let after = self.sites.partition_point(|(site, _)| *site <= at);
+        let near = self.sites.get(after.saturating_sub(4)..after)?;
+        let hit = near.iter().rev().find(|(site, kind)| {
+            let size = match (kind, was.read_u8(*site)) {
+                // arch_jump_entry_size(), arch/x86/kernel/jump_label.c: as long as what was compiled.
+                (SiteKind::JumpLabel, Ok(NOP2 | JMP_SHORT)) => 2,
+                // Conditional tail calls, since v6.3 (arch/x86/kernel/static_call.c).
+                (SiteKind::StaticCall, Ok(TWO_BYTES)) => JUMP + 1,
+                _ => JUMP,
+            };
+            at - *site < size
+        });
+        hit.map(|(_, kind)| *kind)
+    }
+}
+
+/// The ftrace nop or call at a function's start, where the function was compiled with one; and whole
+/// functions that are rewritten inside.
+fn at_entry(image: &RepairImage, was: &dyn VirtMemory, at: GuestVirt) -> Option<SiteKind> {
+    let location = image.locate(at)?;
+    let name = location.symbol.name;
+    if location.module.is_none() && REWRITTEN.contains(&name) {
+        return Some(SiteKind::Tracer);
+    }
+    // DEFINE_STATIC_CALL() trampolines, include/linux/static_call_types.h.
+    if name.starts_with("__SCT__") && location.offset < JUMP {
+        return Some(SiteKind::StaticCall);
+    }
+    let start = location.start(at);
+    let mut head = [0; ENDBR.len() + NOP5.len()];
+    was.read(start, &mut head).ok()?;
+    let skipped = if head.starts_with(ENDBR) { ENDBR.len() } else { 0 };
+    let entry = head.get(skipped..skipped + NOP5.len())?;
+    // `bpf_dispatcher_*_func` (until v6.2) begin with plain nops instead.
+    let patchable = entry == NOP5
+        || entry.first() == Some(&CALL)
+        || entry.first() == Some(&JMP)
+        || location.module.is_none() && name.starts_with("bpf_dispatcher_");
+    let offset = location.offset.checked_sub(skipped as u64)?;
+    (patchable && offset < JUMP).then_some(SiteKind::FunctionEntry)
+}
+
+/// Whether a jump or call over this byte leads out of all text that is known: to an optimised kprobe's
+/// copy or a trampoline.
+fn detour(image: &RepairImage, is: &dyn VirtMemory, at: GuestVirt) -> Option<SiteKind> {
+    (0..JUMP).find_map(|back| {
+        let start = GuestVirt(at.0.checked_sub(back)?);
+        let mut bytes = [0; JUMP as usize];
+        is.read(start, &mut bytes).ok()?;
+        let [JMP | CALL, a, b, c, d] = bytes else { return None };
+        let distance = i64::from(i32::from_le_bytes([a, b, c, d]));
+        let target = (start + JUMP).offset(distance);
+        let made_at_run_time = is.translate(target).is_ok() && !image.is_text(target);
+        made_at_run_time.then_some(SiteKind::Detour)
+    })
+}
+
+/// A table whose entries hold a 32-bit distance from the member itself, as
+/// `CONFIG_HAVE_ARCH_JUMP_LABEL_RELATIVE` (v4.19) and static calls (v5.10) have it.
+struct Table {
+    at: GuestVirt,
+    count: u64,
+    structure: &'static str,
+    member: &'static str,
+}
+
+impl Table {
+    /// The places it names; none if it can't be read.
+    fn sites(&self, image: &RepairImage, memory: &dyn VirtMemory) -> Vec<GuestVirt> {
+        let read = || {
+            let stride =
+                image.types.size_of(self.structure).filter(|size| (1..=64).contains(size))?;
+            let member = image.types.member(self.structure, self.member)?;
+            let mut bytes = vec![0; usize::try_from(self.count.min(MAX_SITES) * stride).ok()?];
+            memory.read(self.at, &mut bytes).ok()?;
+            let offset = usize::try_from(member.offset).ok()?;
+            let entries = (0u64..).zip(bytes.chunks_exact(usize::try_from(stride).ok()?));
+            let site = |(index, entry): (u64, &[u8])| {
+                let distance = entry.get(offset..)?.first_chunk()?;
+                let own = self.at + index * stride + member.offset;
+                Some(own.offset(i64::from(i32::from_le_bytes(*distance))))
+            };
+            Some(entries.filter_map(site).collect())
+        };
+        read().unwrap_or_default()
+    }
+}

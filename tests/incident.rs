@@ -1,0 +1,159 @@
+//! The files of one incident, opened by those who are to read them: `live.core` by crash, drgn and defib's own reader,
+//! `report.html` by a browser. One real crash for all of them.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use corpus::campaign::{self, Outcome, Stand};
+use corpus::guarded::GuardConfig;
+use corpus::lab::{Kernel, Snapshot, VmConfig, drivers};
+use corpus::scenario::case;
+use diagnose::dump::{self, Hints};
+use guest::{Machine, Reg, Vcpu};
+use serde_json::Value;
+
+/// Three locks, two functions of the driver, a `BUG()`.
+const CASE: &str = "three-locks";
+/// What must be named wherever the crash is shown.
+const FUNCTION: &str = "ledger_write";
+
+/// The incident's folder, in that of the build: nothing removes it at the end of the tests.
+struct Made {
+    root: PathBuf,
+    vmlinux: PathBuf,
+    /// The driver's module with DWARF.
+    driver: PathBuf,
+}
+
+impl Made {
+    fn file(&self, name: &str) -> PathBuf {
+        let folders = fs::read_dir(&self.root).unwrap().flatten().map(|entry| entry.path());
+        let mut folders = folders.filter(|path| path.is_dir());
+        let folder = folders.next().expect("an incident");
+        assert!(folders.next().is_none(), "one incident");
+        let file = folder.join(name);
+        let found = fs::read_dir(&folder).unwrap().flatten().map(|entry| entry.file_name());
+        assert!(file.is_file(), "{name} is not among {:?}", found.collect::<Vec<_>>());
+        file
+    }
+}
+
+/// Crashes a guest, once.
+fn incident() -> &'static Made {
+    static MADE: OnceLock<Made> = OnceLock::new();
+    MADE.get_or_init(|| {
+        let kernel = Kernel::find("6.1").unwrap();
+        let vmlinux = kernel.needed_vmlinux().unwrap();
+        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("incident");
+        let _ = fs::remove_dir_all(&root);
+        let drivers = drivers(&kernel).unwrap().into_iter();
+        let mut driver = drivers.filter(|driver| driver.name == "crash_locks");
+        let driver = driver.next().unwrap().with_debug;
+        let program = env!("CARGO_BIN_EXE_defib");
+        let guard = GuardConfig::with_debug_files(program, &kernel, &root).unwrap();
+        let stand = Stand::Qemu(Snapshot::cached(&VmConfig::new(kernel)).unwrap());
+        let verdict = campaign::run(case(CASE).unwrap(), &stand, &guard).unwrap();
+        assert_eq!(verdict.outcome, Outcome::Saved);
+        Made { root, vmlinux, driver }
+    })
+}
+
+/// What a tool prints; both its streams, as the tools differ in that.
+fn run(tool: &str, arguments: &[&dyn AsRef<OsStr>]) -> String {
+    let mut command = Command::new("timeout");
+    command.arg("120").arg(tool).args(arguments.iter().map(|word| word.as_ref()));
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    let said = text(&output.stdout) + &text(&output.stderr);
+    assert!(output.status.success(), "{tool} (scripts/setup installs it): {said}");
+    said
+}
+
+#[track_caller]
+fn must_hold(said: &str, words: &[&str]) {
+    for word in words {
+        assert!(said.contains(word), "{word:?} is missing in:\n{said}");
+    }
+}
+
+#[test]
+fn incident_json_names_the_core() {
+    let text = fs::read_to_string(incident().file("incident.json")).unwrap();
+    let record: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(record.pointer("/live_core/file"), Some(&Value::from("live.core")));
+}
+
+#[test]
+fn our_own_reader_opens_the_core() {
+    let core = incident().file("live.core");
+    let size = fs::metadata(&core).unwrap().len();
+    assert!((1 << 20..40 << 20).contains(&size), "{size} bytes");
+    let mut dump = dump::open(&[core], &Hints::default()).unwrap();
+    assert_eq!(dump.vcpu_count(), 2);
+    assert!(dump.vmcoreinfo().is_some());
+    let text = |vcpu| dump.registers(Vcpu(vcpu)).unwrap().get(Reg::Rip).unwrap_or(0);
+    let in_kernel = [0, 1].map(text).into_iter().filter(|rip| rip >> 40 == 0xff_ffff).count();
+    assert!(in_kernel >= 1, "the crashed vCPU stood in the kernel");
+}
+
+/// Its list of tasks is not looked at: crash 8.0.2 reads `struct pid` without its `numbers`, a flexible array since commit
+/// b69f0aeb0689 (v6.5, and Debian's 6.1), and finds next to none in a whole dump either.
+#[test]
+fn crash_opens_the_core() {
+    let made = incident();
+    let commands = made.root.join("commands");
+    fs::write(&commands, "set scroll off\nsys\nbt\nps\nmod\nlog\nexit\n").unwrap();
+    let core = made.file("live.core");
+    let said = run("crash", &[&"-s", &"-i", &commands, &made.vmlinux, &core]);
+    must_hold(&said, &["RELEASE: 6.1", FUNCTION, "crash_locks", "ksys_write", "Linux version"]);
+}
+
+#[test]
+fn drgn_opens_the_core() {
+    let made = incident();
+    let script = made.root.join("look.py");
+    fs::write(&script, LOOK).unwrap();
+    let said =
+        run("/usr/bin/python3", &[&script, &made.file("live.core"), &made.vmlinux, &made.driver]);
+    must_hold(&said, &[FUNCTION, "ksys_write", "do_syscall_64", "kthreadd", "Linux version"]);
+}
+
+/// The crashed thread's frames, all tasks, the log.
+const LOOK: &str = "
+import sys
+import drgn
+from drgn.helpers.linux import for_each_task
+from drgn.helpers.linux.printk import get_dmesg
+program = drgn.Program()
+program.set_core_dump(sys.argv[1])
+try:
+    program.load_debug_info(sys.argv[2:])
+except drgn.MissingDebugInfoError as error:
+    print(error)  # modules that were not named
+print(program.crashed_thread().stack_trace())
+print([task.comm.string_().decode() for task in for_each_task(program)])
+print(get_dmesg(program)[:200])
+";
+
+#[test]
+fn a_browser_shows_the_report() {
+    let page = incident().file("report.html");
+    let url = format!("file://{}", page.display());
+    let flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"];
+    let said = run("chromium-headless-shell", &[&flags[0], &flags[1], &flags[2], &flags[3], &url]);
+    must_hold(&said, &["<svg", FUNCTION, "crash_locks.c", "rung 1", "</html>"]);
+    assert!(!said.contains("http://") && !said.contains("https://"), "nothing from outside");
+    let picture = page.with_file_name("page.png");
+    let shot = format!("--screenshot={}", picture.display());
+    run("chromium-headless-shell", &[&flags[0], &flags[1], &flags[2], &shot, &url]);
+    assert!(is_picture(&picture), "the browser has painted it");
+}
+
+/// A PNG file that is not of one colour, as its size tells.
+fn is_picture(file: &Path) -> bool {
+    let bytes = fs::read(file).unwrap_or_default();
+    bytes.starts_with(b"\x89PNG") && bytes.len() > 10_000
+}
