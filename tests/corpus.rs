@@ -22,9 +22,37 @@ const ON_6_12: &[&str] = &[
     "msi-spinlock",
     "work-mutex",
     "pipe-write",
+    "fortify",
+    "stack-canary",
+    "list-add",
+    "warn",
+    "loop-irqs-off",
+    "spinlock-twice",
+    "opcode",
+    "ops-table",
+    "idt-gate",
+    "static-key",
+    "uring-read",
+    "napi-poll",
+    "kprobe",
+    "call-rcu",
+    "sysrq",
+    "getcwd",
+    "sethostname",
 ];
 /// Cases that also run without any debug file: symbols, types and ORC out of guest memory.
-const WITHOUT_FILES: &[&str] = &["null-deref", "three-locks", "timer-busy", "getcwd"];
+const WITHOUT_FILES: &[&str] = &[
+    "null-deref",
+    "three-locks",
+    "timer-busy",
+    "getcwd",
+    "pipe-read",
+    "napi-poll",
+    "loop",
+    "spinlock-twice",
+    "opcode",
+    "idt-gate",
+];
 
 /// A kind of guest and how it is guarded.
 struct Bench {

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::Result;
 use crate::guarded::{Guard, GuardConfig};
 use crate::lab::{Agent, Snapshot, Vm, VmmConfig, VmmGuest};
 use crate::scenario::{Blame, Case, Class, Resource};
 use crate::stock::Courses;
+use crate::{Error, Result};
 use names::text;
 pub use page::page;
 pub use tally::{Row, StockRow, Tally, percentile, share};
@@ -89,6 +89,21 @@ pub enum Outcome {
 }
 
 impl Verdict {
+    /// Of a crash that the guard did not come to speak of.
+    fn unnoticed(case: &'static Case, error: &Error) -> Self {
+        Self {
+            name: case.name,
+            class: format!("{:?}", case.class),
+            context: format!("{:?}", case.context),
+            outcome: Outcome::Refused(error.to_string()),
+            rung: None,
+            downtime: None,
+            title: "not diagnosed".to_owned(),
+            differences: vec!["no diagnosis".to_owned()],
+            stock: None,
+        }
+    }
+
     /// What the crash cost.
     #[must_use]
     pub fn fate(&self) -> Fate {
@@ -206,7 +221,11 @@ impl Guest {
 pub fn run(case: &'static Case, stand: &Stand, guard: &GuardConfig) -> Result<Verdict> {
     let (mut vm, mut guard) = stand.start(case, guard)?;
     let answer = vm.agent().command_within(&case.crash_command(PROCESS_LIMIT), CRASH_LIMIT);
-    let diagnosis = guard.await_event("diagnosis", CRASH_LIMIT)?;
+    let diagnosis = match guard.await_event("diagnosis", CRASH_LIMIT) {
+        Ok(diagnosis) => diagnosis,
+        Err(error @ Error::Guard { .. }) => return Ok(Verdict::unnoticed(case, &error)),
+        Err(error) => return Err(error),
+    };
     let plan = guard.await_event("plan", CRASH_LIMIT)?;
     let end = guard.await_any(&["repaired", "refused"], CRASH_LIMIT)?;
     let mut verdict = Verdict {
@@ -299,10 +318,11 @@ fn own_lines(case: &Case) -> (i64, &'static [&'static str]) {
     use Class::{Bug, DoubleFree, Fortify, ListCorruption, Usercopy, Warning};
     match case.class {
         // report_bug() prints its line before the kernel knows whether it is going to oops; a check of lists prints
-        // one of its own besides.
-        Bug | ListCorruption | Usercopy | DoubleFree | Fortify => {
-            (2, &["kernel BUG at", "list_del corruption", "list_add corruption"])
-        }
+        // one of its own besides, and __fortify_report() warns first since v6.9.
+        Bug | ListCorruption | Usercopy | DoubleFree | Fortify => (
+            2,
+            &["kernel BUG at", "list_del corruption", "list_add corruption", "__fortify_report"],
+        ),
         // The warning is the crash.
         Warning => (1, &["WARNING: CPU"]),
         // Since v6.5 do_user_addr_fault() warns of a fault with interrupts off before it oopses.

@@ -3,8 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use diagnose::Diagnosis;
 use diagnose::live_core::Snapshot;
+use diagnose::{CrashClass, Diagnosis};
 use guest::{Hook, Machine, Registers, Stop};
 use quarantine::{Journal, Plan, Probation, Situation, Vital};
 use serde_json::json;
@@ -154,7 +154,10 @@ impl<M: Machine> Guard<M> {
         self.strikes.record(diagnosis, rung);
         let length = Duration::from_secs(self.options.policy.probation_s);
         let memory = self.session.image.placement.space(self.machine.phys());
-        let probation = Probation::start(&self.session.image, &memory, length, self.elapsed());
+        let mut probation = Probation::start(&self.session.image, &memory, length, self.elapsed());
+        if diagnosis.class == Some(CrashClass::Warning) {
+            probation = probation.of_a_warning();
+        }
         self.watch.begin_probation(probation);
         let fields = json!({ "state": "started", "seconds": length.as_secs() });
         self.say("probation", fields, "")

@@ -56,6 +56,12 @@ pub enum Error {
         /// The function.
         function: &'static str,
     },
+    /// Its spinlocks sleep and its interrupts are threads: what is known here of contexts and locks is not so there.
+    #[error("the kernel is one for real time (PREEMPT_RT), which is not supported: {banner}")]
+    RealTime {
+        /// What the kernel says of itself.
+        banner: String,
+    },
     /// No vCPU's page tables map the kernel that was found: it is another boot's, left in memory.
     #[error("no vCPU runs this kernel")]
     NotRunning,

@@ -424,6 +424,17 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_for_real_time_is_refused_by_name() {
+        let mut machine = Scripted::new();
+        machine.is_real_time();
+        let Err(Failed { machine, error }) = begin(machine, None, &Memory::default()) else {
+            panic!("it began")
+        };
+        assert!(matches!(error, Error::RealTime { banner } if banner.contains("9.9.9")));
+        assert!(runs_without_hooks(&machine));
+    }
+
+    #[test]
     fn hooks_are_armed_and_a_pause_before_is_kept() {
         let memory = Memory::default();
         let guard = at_work(&memory);

@@ -32,7 +32,7 @@ pub fn page<'a>(handled: &'a Handled, summary: &str, kernel: &str) -> Page<'a> {
 fn verdict(handled: &Handled) -> Verdict {
     match (&handled.end, handled.plan.as_ref().and_then(|plan| plan.rung)) {
         (End::LetGo { .. }, _) => Verdict::LetGo,
-        (End::Repaired, Some(Rung::ReturnError)) => Verdict::Repaired,
+        (End::Repaired, Some(Rung::ReturnError | Rung::RepairKernel)) => Verdict::Repaired,
         (End::Repaired, _) => Verdict::RepairedWithLoss,
     }
 }

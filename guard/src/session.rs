@@ -126,9 +126,17 @@ impl Session {
             warm: false,
             taken,
         };
+        session.refuse_real_time()?;
         session.hooks_or_error()?;
         session.learn_modules();
         Ok(session)
+    }
+
+    /// `UTS_VERSION` says so in the banner (scripts/mkcompile_h; init/Makefile since v6.2).
+    fn refuse_real_time(&self) -> Result<(), Error> {
+        let banner = self.banner();
+        let real_time = banner.split_whitespace().any(|word| word == "PREEMPT_RT");
+        if real_time { Err(Error::RealTime { banner: banner.to_owned() }) } else { Ok(()) }
     }
 
     fn hooks_or_error(&self) -> Result<(), Error> {

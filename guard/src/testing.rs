@@ -159,6 +159,12 @@ impl Scripted {
         poke(SYSTEM_STATE, &RUNNING.to_le_bytes());
     }
 
+    /// A kernel with sleeping spinlocks.
+    pub(crate) fn is_real_time(&mut self) {
+        let banner = b"Linux version 9.9.9 (toy) #1 SMP PREEMPT_RT toy\n\0";
+        self.machine.poke(GuestPhys(TEXT_PHYS + BANNER), banner);
+    }
+
     /// A kernel that has not started user space yet.
     pub(crate) fn still_boots(&mut self) {
         self.machine.poke(GuestPhys(TEXT_PHYS + SYSTEM_STATE), &[1, 0, 0, 0]);

@@ -16,6 +16,9 @@ const TICK_GAP: Duration = Duration::from_secs(4);
 /// wake.
 const SWITCH_GAP: Duration = Duration::from_secs(10);
 
+/// `1 << TAINT_WARN` (Documentation/admin-guide/tainted-kernels.rst: bit 9; never renumbered, as scripts read it).
+const TAINT_WARN: u64 = 1 << 9;
+
 /// State of the patient.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "state")]
@@ -76,6 +79,13 @@ impl Probation {
     ) -> Self {
         let first = read(image, memory);
         Self { last: first.clone(), first, ticked: now, switched: now, length, begun: now }
+    }
+
+    /// After a warning that was made to go on: its own taint flag, which it sets last, is no new trouble.
+    #[must_use]
+    pub fn of_a_warning(mut self) -> Self {
+        self.first.taint = self.first.taint.map(|flags| flags | TAINT_WARN);
+        self
     }
 
     /// Whether the time is over.
@@ -192,6 +202,17 @@ mod tests {
         assert_eq!(check(&mut probation, &scene, 3), Vital::Healthy);
         assert!(matches!(check(&mut probation, &scene, 4), Vital::Suspect { .. }));
         assert!(!probation.has_moved());
+    }
+
+    #[test]
+    fn the_taint_of_a_warning_that_went_on_is_its_own() {
+        let mut scene = Scene::new();
+        let mut probation = start(&scene).of_a_warning();
+        let taint = scene.image.address_of("tainted_mask").unwrap();
+        scene.poke_word(taint, TAINT_WARN);
+        assert_eq!(check(&mut probation, &scene, 1), Vital::Healthy);
+        scene.poke_word(taint, TAINT_WARN | 1 << 7);
+        assert!(matches!(check(&mut probation, &scene, 2), Vital::Suspect { .. }));
     }
 
     #[test]

@@ -163,7 +163,8 @@ impl Pristine {
                 .ok_or(damaged("kind of pristine pages", kind as usize))?;
             let start = GuestVirt(word(rest)?);
             let len = usize::try_from(word(rest)?).unwrap_or(usize::MAX);
-            let whole = (len as u64).is_multiple_of(PAGE) && start.checked_add(len as u64).is_some();
+            let whole =
+                (len as u64).is_multiple_of(PAGE) && start.checked_add(len as u64).is_some();
             let bytes = rest.get(..len).filter(|_| whole && len > 0);
             let bytes = bytes.ok_or(damaged("length of pristine pages", len))?;
             pristine.insert(PristineRun { kind, start, bytes: bytes.into() });

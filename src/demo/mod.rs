@@ -105,7 +105,7 @@ pub fn run(arguments: &DemoArguments) -> Result<Outcome> {
 
     more_ways(&mut screen, &mut guarded)?;
     quarantine_driver(&mut screen, &mut guarded)?;
-    quarantine_process(&mut screen, &mut guarded)?;
+    core_kernel(&mut screen, &mut guarded)?;
 
     screen.step("GUARDED VM: is everything else as it was?");
     screen.say(&format!("workload: {}", guarded.workload()?));
@@ -146,14 +146,16 @@ fn quarantine_driver(screen: &mut Screen, guarded: &mut Guarded) -> Result<()> {
     bail!("the driver was not quarantined after ten crashes")
 }
 
-fn quarantine_process(screen: &mut Screen, guarded: &mut Guarded) -> Result<()> {
+fn core_kernel(screen: &mut Screen, guarded: &mut Guarded) -> Result<()> {
     screen
         .step("GUARDED VM: core-kernel code crashes, no driver on the stack; a process caused it");
-    let act = Act { operation: "getcwd", case: "getcwd", words: "getcwd() in a damaged process" };
-    let crash = guarded.crash("crash_core", &act)?;
-    screen.say(&format!("{}: {crash}", act.words));
-    if crash.rung() != Some(3) {
-        bail!("the process was not quarantined");
+    let acts = [("getcwd", "getcwd", "getcwd()", 1), ("sethostname", "uname", "sethostname()", 3)];
+    for (operation, case, words, rung) in acts {
+        let crash = guarded.crash("crash_core", &Act { operation, case, words })?;
+        screen.say(&format!("{words} in a damaged process: {crash}"));
+        if crash.rung() != Some(rung) {
+            bail!("not repaired by rung {rung}");
+        }
     }
     Ok(())
 }
