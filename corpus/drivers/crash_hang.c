@@ -145,7 +145,7 @@ static long irqsave_twice(struct mailbox *b)
 /* Returns once both of a pair are here. */
 static void meet(struct mailbox *b)
 {
-	int patience = 2000;
+	int patience = 10000;
 
 	atomic_inc(&b->partners);
 	while (atomic_read(&b->partners) < 2 && patience-- > 0)

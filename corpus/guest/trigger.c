@@ -384,6 +384,8 @@ void command_crash(struct answer *a, int argc, char **argv)
 	comma = strchr(argv[3], ',');
 	if (!strcmp(argv[2], "pair") && comma) {
 		*comma++ = 0;
+		/* The first may keep its processor to itself, and the second is still to be started. */
+		pin(1);
 		first = begin("write", argv[1], argv[3], 0);
 		usleep(50000);
 		second = begin("write", argv[1], comma, 1);

@@ -346,7 +346,9 @@ fn differences(case: &Case, diagnosis: &Value, end: &Value) -> Result<Vec<String
         let file = file.rsplit('/').next().unwrap_or_default();
         let line = diagnosis.pointer("/offender/source/line").and_then(Value::as_u64).unwrap_or(0);
         compare("offender", text(diagnosis, "/offender/module"), place.module);
-        compare("place", format!("{file}:{line}"), &format!("{}:{}", place.file, place.line));
+        if case.has_lines || line != 0 {
+            compare("place", format!("{file}:{line}"), &format!("{}:{}", place.file, place.line));
+        }
     }
     if let Blame::Process { core_function } = case.blame {
         compare("offender", text(diagnosis, "/offender/kind"), "process");
