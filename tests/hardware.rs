@@ -17,7 +17,7 @@ const IN_VMM: &str = "three-locks timer-idle getcwd";
 /// Cases in QEMU, which has to boot and to save its guest first.
 const IN_QEMU: &str = "three-locks";
 /// For all of them; the nested lab boots a guest in half a minute.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(400);
 
 /// The minimal VMM's program, which `cargo test --workspace` has built.
 fn vmm() -> Result<PathBuf, Failed> {
