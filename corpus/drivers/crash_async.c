@@ -301,17 +301,51 @@ static void start_all(void)
 	wake_up_process(per_cpu(percpu_task, 0));
 }
 
+static bool busy;
+
+/* An idle processor that polls takes a call from its idle loop, without an interrupt: so let it not be idle. */
+static int be_busy(void *data)
+{
+	WRITE_ONCE(busy, true);
+	while (!kthread_should_stop())
+		cpu_relax();
+	WRITE_ONCE(busy, false);
+	return 0;
+}
+
+static void call_others(bool many)
+{
+	struct task_struct *task;
+	int other;
+
+	migrate_disable();
+	other = cpumask_any_but(cpu_online_mask, raw_smp_processor_id());
+	task = other < nr_cpu_ids ?
+		kthread_create_on_cpu(be_busy, NULL, other, "crash_busy/%u") : NULL;
+	if (IS_ERR_OR_NULL(task))
+		goto out;
+	wake_up_process(task);
+	while (!READ_ONCE(busy))
+		cpu_relax();
+	preempt_disable();
+	if (many)
+		smp_call_function_many(cpu_online_mask, on_call, NULL, true);
+	else
+		smp_call_function_single(other, on_call, NULL, 1);
+	preempt_enable();
+	kthread_stop(task);
+out:
+	migrate_enable();
+}
+
 /* Calls a function on the other processor, on this one, or on all but this one. */
 static void call_processors(const char *name)
 {
-	int here = get_cpu(), other = cpumask_any_but(cpu_online_mask, here);
-
-	if (!strcmp(name, "ipi") && other < nr_cpu_ids)
-		smp_call_function_single(other, on_call, NULL, 1);
-	else if (!strcmp(name, "ipi-self"))
-		smp_call_function_single(here, on_call, NULL, 1);
-	else
-		smp_call_function_many(cpu_online_mask, on_call, NULL, true);
+	if (strcmp(name, "ipi-self")) {
+		call_others(!strcmp(name, "ipi-many"));
+		return;
+	}
+	smp_call_function_single(get_cpu(), on_call, NULL, 1);
 	put_cpu();
 }
 
