@@ -251,6 +251,7 @@ pub fn run(case: &'static Case, stand: &Stand, guard: &GuardConfig) -> Result<Ve
     if wrong.is_empty() {
         wrong.extend(aftermath(case, vm.agent()));
     }
+    wrong.extend(further_crashes(&mut guard));
     if wrong.is_empty() {
         wrong.extend(vm.finish(guard)?);
     }
@@ -258,6 +259,13 @@ pub fn run(case: &'static Case, stand: &Stand, guard: &GuardConfig) -> Result<Ve
         verdict.outcome = Outcome::Wrong(wrong);
     }
     Ok(verdict)
+}
+
+/// Crashes after the repair: each is one that the repair has left behind.
+fn further_crashes(guard: &mut Guard) -> Vec<String> {
+    let events = guard.drain();
+    let crashes = events.iter().filter(|event| text(event, "/event") == "diagnosis");
+    crashes.map(|crash| format!("another crash: {}", text(crash, "/title"))).collect()
 }
 
 fn refusals(end: &Value, plan: &Value) -> String {

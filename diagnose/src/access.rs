@@ -49,7 +49,7 @@ impl Access {
 }
 
 /// The access that faulted: of a page fault by CR2, where it agrees with the instruction; of a general
-/// protection fault the one that is not canonical. `None` when the exception is of neither kind.
+/// protection fault the one that is not canonical; of a double fault the one that is not mapped. `None` when the exception is of neither kind.
 pub(crate) fn of(
     kernel: &Kernel<'_>,
     fault: &Fault,
@@ -70,6 +70,8 @@ pub(crate) fn of(
                 .into_iter()
                 .find(|access| access.at.is_some_and(|at| !at.is_canonical(five_level)))
         }
+        // CR2 is of the frame that the processor could not push.
+        "exc_double_fault" => computed.into_iter().find(|access| access.mapped == Mapped::No),
         _ => None,
     }
 }

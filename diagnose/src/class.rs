@@ -161,13 +161,16 @@ fn of_double_fault(
             touched.iter().flatten().any(|at| base.0.wrapping_sub(at.0.wrapping_add(1)) < GUARD)
         })
     });
-    match hit {
-        Some((name, Some(base))) => {
-            evidence.push(format!("the guard page below the {name} stack at {base:#x} was hit"));
-            CrashClass::StackOverflow
-        }
-        _ => CrashClass::DoubleFault,
+    let Some((name, Some(base))) = hit else { return CrashClass::DoubleFault };
+    evidence.push(format!("the guard page below the {name} stack at {base:#x} was hit"));
+    if facts.access.is_some() {
+        return CrashClass::StackOverflow;
     }
+    // The interrupt is in service and will never be acknowledged.
+    evidence.push(
+        "not by the instruction: the processor delivered an interrupt, which is lost".to_owned(),
+    );
+    CrashClass::DoubleFault
 }
 
 fn task_stack(kernel: &Kernel<'_>, cpu: &Cpu) -> Option<GuestVirt> {
@@ -287,7 +290,7 @@ mod tests {
         assert_eq!(class("usercopy_abort", Some("m")), CrashClass::Bug);
     }
 
-    fn double_fault(cr2: u64) -> CrashClass {
+    fn double_fault(cr2: u64, by_instruction: bool) -> CrashClass {
         const TASK: u64 = DATA + 0x1000;
         let mut guest = Guest::new();
         guest.poke_u64(TASK + 0x38, 0xffff_c900_0001_0000);
@@ -295,17 +298,31 @@ mod tests {
         let space = guest.machine.space();
         let registers = Registers::unknown().with(Reg::Cr2, cr2);
         let cpu = Cpu { current: Some(GuestVirt(TASK)), ..Cpu::default() };
-        let facts = Facts { registers: &registers, cpu: &cpu, access: None, bug: None };
+        let access = Access {
+            at: Some(GuestVirt(cr2)),
+            fetch: false,
+            write: Some(true),
+            size: Some(8),
+            operand: None,
+            mapped: Mapped::No,
+        };
+        let access = by_instruction.then_some(&access);
+        let facts = Facts { registers: &registers, cpu: &cpu, access, bug: None };
         let fault = fault(vec![frame("f", Some("m"))], 0, UnwindEnd::UserMode);
         of_double_fault(&Kernel::of_memory(&image, &space), &fault, &facts, &mut Vec::new())
     }
 
     #[test]
     fn the_guard_page_makes_a_stack_overflow() {
-        assert_eq!(double_fault(0xffff_c900_0000_fff8), CrashClass::StackOverflow);
-        assert_eq!(double_fault(0xffff_c900_0000_f000), CrashClass::StackOverflow);
+        assert_eq!(double_fault(0xffff_c900_0000_fff8, true), CrashClass::StackOverflow);
+        assert_eq!(double_fault(0xffff_c900_0000_f000, true), CrashClass::StackOverflow);
         for outside in [0xffff_c900_0000_efff, 0xffff_c900_0001_0000, 0, u64::MAX] {
-            assert_eq!(double_fault(outside), CrashClass::DoubleFault, "{outside:#x}");
+            assert_eq!(double_fault(outside, true), CrashClass::DoubleFault, "{outside:#x}");
         }
+    }
+
+    #[test]
+    fn an_interrupt_that_found_no_stack_is_lost() {
+        assert_eq!(double_fault(0xffff_c900_0000_fff8, false), CrashClass::DoubleFault);
     }
 }

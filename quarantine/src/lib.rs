@@ -22,6 +22,7 @@ mod policy;
 mod probation;
 mod process;
 mod refusal;
+mod stack_end;
 mod strikes;
 #[cfg(test)]
 mod testing;

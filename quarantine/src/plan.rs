@@ -5,14 +5,14 @@ use std::fmt;
 
 use std::time::Duration;
 
-use diagnose::{Diagnosis, Offender};
+use diagnose::{CrashClass, Diagnosis, Offender};
 use guest::{GuestVirt, Registers, Vcpu, VirtMemory};
 use repair_image::RepairImage;
 use serde::Serialize;
 
 use crate::{
     Action, Policy, Reason, Refusal, Standing, Strikes, core_return, driver, error_return, process,
-    text, warning,
+    stack_end, text, warning,
 };
 
 /// A rung of the recovery ladder that repairs in place.
@@ -204,6 +204,22 @@ fn attempt(
     if !policy.rungs.contains(&rung) {
         return Err(Reason::NotAllowed);
     }
+    if rung != Rung::RepairKernel && situation.diagnosis.class == Some(CrashClass::DoubleFault) {
+        return Err(Reason::LostInterrupt);
+    }
+    // The task runs on whatever rung is taken, if only to its end.
+    let mark = stack_end::restore(situation)?;
+    let mut steps = rung_steps(situation, policy, standing, rung)?;
+    steps.actions.splice(0..0, mark);
+    Ok(steps)
+}
+
+fn rung_steps(
+    situation: &Situation<'_>,
+    policy: &Policy,
+    standing: &Standing,
+    rung: Rung,
+) -> Result<Steps, Reason> {
     match (rung, situation.diagnosis.offender.as_ref()) {
         (Rung::RepairKernel, _) => text::steps(situation, policy),
         // Whoever warned: nothing is abandoned.
@@ -370,6 +386,16 @@ note: memory, references and device state that the abandoned frames had in hand 
         let plan = plan_of(&scene, &core, &Policy::default());
         assert_eq!(plan.rung, Some(Rung::QuarantineProcess));
         assert_eq!(plan.loss, "the process worker (pid 300)");
+    }
+
+    #[test]
+    fn after_a_double_fault_an_interrupt_may_be_missing() {
+        let scene = Scene::new();
+        let mut diagnosis = scene.diagnosis();
+        diagnosis.class = Some(CrashClass::DoubleFault);
+        let plan = plan_of(&scene, &diagnosis, &Policy::default());
+        assert_eq!(plan.rung, None);
+        assert!(plan.refused.iter().any(|refusal| refusal.reason == Reason::LostInterrupt));
     }
 
     #[test]

@@ -234,6 +234,9 @@ pub enum Reason {
         /// Words for the context.
         context: &'static str,
     },
+    /// The processor could not deliver an interrupt or exception, for want of a stack.
+    #[error("an interrupt may have been lost in delivery: it is in service for ever")]
+    LostInterrupt,
     /// The registers that the exception saved are not found.
     #[error("the registers saved at the crash were not found on the stack")]
     NoSavedRegisters,

@@ -41,7 +41,9 @@ impl FakeTypes {
         for (index, name) in ["flags", "__state", "pagefault_disabled"].into_iter().enumerate() {
             types.members.insert(("task_struct", name), (0x40 + index as u64 * 4, 4));
         }
-        for (index, name) in ["mm", "stack", "journal_info", "plug"].into_iter().enumerate() {
+        for (index, name) in
+            ["mm", "stack", "journal_info", "plug", "stack_vm_area"].into_iter().enumerate()
+        {
             types.members.insert(("task_struct", name), (0x60 + index as u64 * 8, 8));
         }
         for (index, name) in
@@ -190,8 +192,12 @@ pub(crate) const TEXT: GuestVirt = GuestVirt(0xffff_ffff_8100_0000);
 pub(crate) const MODULE_TEXT: GuestVirt = GuestVirt(0xffff_ffff_c000_0000);
 const MODULE_DATA: GuestVirt = GuestVirt(0xffff_ffff_c000_2000);
 const DATA: GuestVirt = GuestVirt(0xffff_8880_0000_0000);
-const STACK: GuestVirt = GuestVirt(0xffff_c900_0000_0000);
+/// The lowest address of the crashed task's stack.
+pub(crate) const STACK: GuestVirt = GuestVirt(0xffff_c900_0000_0000);
 const STACK_SIZE: u64 = 0x4000;
+/// What marks the end of each stack.
+pub(crate) const STACK_MARK: u64 = 0x57ac_6e9d;
+const INIT_TASK: GuestVirt = GuestVirt(DATA.0 + 0xd00);
 const PER_CPU: GuestVirt = GuestVirt(0xffff_8880_0000_1000);
 /// Preempt count of the fake kernel's only CPU.
 pub(crate) const PREEMPT_COUNT: GuestVirt = GuestVirt(PER_CPU.0 + 0x20);
@@ -282,6 +288,10 @@ impl Scene {
         self.poke_word(PER_CPU + 0x28, (STACK + STACK_SIZE).0);
         self.set_member("task_struct", "stack", self.task, STACK.0);
         self.set_member("task_struct", "mm", self.task, (DATA + 0x400).0);
+        self.set_member("task_struct", "stack_vm_area", self.task, (DATA + 0x440).0);
+        self.set_member("task_struct", "stack", INIT_TASK, (DATA + 0x500).0);
+        self.poke_word(DATA + 0x500, STACK_MARK);
+        self.poke_word(STACK, STACK_MARK);
         self.set_member("pt_regs", "cs", self.user_regs, 0x33);
         self.machine.poke_virt(PREEMPT_COUNT, &0x8000_0000_u32.to_le_bytes());
         for index in 0..DRIVER.len() as u64 {
@@ -471,6 +481,7 @@ fn image(machine: &FakeMachine, types: FakeTypes) -> RepairImage {
     }
     kernel.symbols.push(("timer_bases".to_owned(), LinkAddr(0x200), 0x80, SymbolKind::Object));
     for (name, offset) in [
+        ("init_task", 0xd00),
         ("irq_desc_tree", 0xc40),
         ("jiffies_64", 0xc00),
         ("oops_in_progress", 0xc08),
