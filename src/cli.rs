@@ -10,6 +10,12 @@ const EXIT_CODES: &str = "Exit codes:
   1  the guest could not be saved (rung 5 and up), or a check found something
   2  usage or set-up error";
 
+/// Exit codes of `defib triage`, printed under its `--help`.
+const TRIAGE_EXIT_CODES: &str = "Exit codes:
+  0  all inputs were read
+  1  some could not be read; the others are in the buckets
+  2  usage or set-up error";
+
 /// Brings crashed guests of a KVM host back in place.
 #[derive(Debug, Parser)]
 #[command(name = "defib", version, about, after_help = EXIT_CODES)]
@@ -28,6 +34,8 @@ pub enum Command {
     Image(ImageArguments),
     /// Say what would be done about the crash in a dump, and why not more.
     Plan(PlanArguments),
+    /// Sort many dumps and console logs into buckets, one a cause.
+    Triage(TriageArguments),
     /// The crash corpus: list cases, or run them on lab VMs and print what was saved.
     Corpus(CorpusArguments),
     /// The main job, start to end, on a lab VM.
@@ -165,6 +173,38 @@ pub enum Format {
     Text,
     /// For scripts.
     Json,
+}
+
+/// Arguments of `defib triage`.
+#[derive(Debug, Args)]
+#[command(after_long_help = TRIAGE_EXIT_CODES)]
+pub struct TriageArguments {
+    /// Dumps, console logs, and directories that are searched for both.
+    #[arg(required = true, value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// Knowledge of the kernels in the dumps; console logs need none.
+    #[command(flatten)]
+    pub knowledge: KnowledgeSources,
+    /// Keep in this file what was read, and don't read it again.
+    #[arg(long, value_name = "FILE")]
+    pub resume: Option<PathBuf>,
+    /// Output format.
+    #[arg(long, value_enum, default_value_t = TriageFormat::Text)]
+    pub format: TriageFormat,
+    /// File to write instead of stdout.
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// Output formats of `defib triage`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TriageFormat {
+    /// For people.
+    Text,
+    /// For scripts: docs/triage.md.
+    Json,
+    /// A page for a browser.
+    Html,
 }
 
 /// Arguments of `defib corpus`.

@@ -7,10 +7,12 @@ mod guard_command;
 mod image;
 mod injections;
 mod knowledge;
+mod offline;
 mod plan;
 mod signals;
 mod sitting;
 mod target;
+mod triage;
 
 use std::process::ExitCode;
 
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
         cli::Command::Guard(arguments) => guard_command::run(&arguments),
         cli::Command::Image(arguments) => image::run(&arguments),
         cli::Command::Plan(arguments) => plan::run(&arguments),
+        cli::Command::Triage(arguments) => triage::run(&arguments),
         cli::Command::Corpus(arguments) => corpus_command::run(&arguments),
         cli::Command::Demo(arguments) => demo::run(&arguments),
     };

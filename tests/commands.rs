@@ -1,4 +1,4 @@
-//! `defib image` and `defib plan` as a user types them, on a real guest and its real dump.
+//! `defib image`, `defib plan` and `defib triage` as a user types them, on a real guest and its real dump.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -53,4 +53,25 @@ fn image_and_plan() {
     assert_eq!(answer.pointer("/diagnosis/class/kind"), Some(&json!("null_dereference")));
     assert_eq!(answer.pointer("/diagnosis/offender/module"), Some(&json!("crash_chardev")));
     assert_eq!(answer.pointer("/plan/refused").and_then(Value::as_array).map(Vec::len), Some(3));
+
+    // The dump and the console tell of one crash; what is neither is said.
+    std::fs::copy(vm.serial_log(), folder.path().join("console.log")).unwrap();
+    std::fs::write(folder.path().join("cut"), b"\x7fELF\x02\x01\x01").unwrap();
+    let kept = tempfile::NamedTempFile::new().unwrap();
+    let arguments =
+        ["triage", text(folder.path()), "--format", "json", "--resume", text(kept.path())];
+    for _ in 0..2 {
+        let (code, stdout, stderr) = defib(&[&arguments[..], &vmlinux].concat());
+        assert_eq!(code, 1, "{stderr}");
+        let answer: Value = serde_json::from_str(&stdout).unwrap();
+        let number = |path: &str| answer.pointer(path).and_then(Value::as_u64);
+        assert_eq!(number("/buckets/0/count"), Some(2), "{stdout}");
+        assert_eq!(answer.pointer("/buckets/1"), None, "{stdout}");
+        assert_eq!(
+            answer.pointer("/buckets/0/offender"),
+            Some(&json!("fault_null_deref [crash_chardev]"))
+        );
+        let unreadable = answer.pointer("/unreadable/0/path").and_then(Value::as_str);
+        assert!(unreadable.is_some_and(|path| path.ends_with("cut")), "{stdout}");
+    }
 }

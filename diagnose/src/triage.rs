@@ -4,13 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Kernel releases that one bucket remembers.
 const RELEASES_MAX: usize = 64;
 
 /// One crash, as far as buckets care.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sighting {
     /// What makes crashes the same: the signature of a diagnosis or of a report.
     pub signature: String,

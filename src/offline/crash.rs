@@ -1,0 +1,68 @@
+//! The crash in a dump: its diagnosis, and what repair would have been made. Reads only.
+
+use anyhow::{Context, Result};
+use diagnose::vmcore::Vmcore;
+use diagnose::{CodeCache, Diagnosis};
+use guard::KnowledgeSources;
+use guest::{Hook, HookKind, Machine, Registers, Vcpu};
+use quarantine::{Plan, Policy, Situation, Strikes};
+use repair_image::{RepairImage, Vmcoreinfo};
+
+/// A crash.
+pub struct Crash {
+    /// The diagnosis.
+    pub diagnosis: Diagnosis,
+    /// What would have been done.
+    pub plan: Plan,
+    /// Kernel release, if the dump says.
+    pub release: Option<String>,
+}
+
+/// The crash in a dump; `None` when no vCPU of it is crashing.
+///
+/// # Errors
+/// When the kernel in the dump can't be understood.
+pub fn of_dump(
+    core: &mut Vmcore,
+    knowledge: &KnowledgeSources,
+    policy: &Policy,
+) -> Result<Option<Crash>> {
+    let learned = guard::learn(core.phys(), knowledge, &[])?;
+    let image = RepairImage::assemble(&learned.kernel.facts, &learned.layer);
+    let vcpus = (0..core.vcpu_count())
+        .map(|vcpu| core.registers(Vcpu(vcpu)))
+        .collect::<Result<Vec<_>, _>>()
+        .context("registers")?;
+    let Some(diagnosis) = crashed(&image, &*core, &vcpus) else { return Ok(None) };
+    let memory = image.placement.space(core.phys());
+    let situation =
+        Situation { diagnosis: &diagnosis, image: &image, memory: &memory, vcpus: &vcpus };
+    let plan = quarantine::plan(&situation, policy, &Strikes::default());
+    Ok(Some(Crash { plan, diagnosis, release: release(core) }))
+}
+
+fn release(core: &Vmcore) -> Option<String> {
+    let noted = core.vmcoreinfo().and_then(|info| info.release().map(str::to_owned));
+    let found = || Vmcoreinfo::find_all(core.phys()).first()?.release().map(str::to_owned);
+    noted.or_else(found)
+}
+
+/// The diagnosis of the vCPU that stands at a hook, or else of the first one whose stack tells of a crash.
+fn crashed(image: &RepairImage, core: &impl Machine, vcpus: &[Registers]) -> Option<Diagnosis> {
+    let mut cache = CodeCache::default();
+    let mut of = |index: usize, hook| {
+        let registers = vcpus.get(index)?;
+        diagnose::diagnose(image, core.phys(), registers, hook, Vcpu(index), &mut cache).ok()
+    };
+    for (index, registers) in vcpus.iter().enumerate() {
+        let at_hook = HookKind::ALL.into_iter().find_map(|kind| {
+            let at = image.address_of(kind.function())?;
+            (registers.rip() == Some(at)).then_some(Hook { kind, at })
+        });
+        if at_hook.is_some() {
+            return of(index, at_hook);
+        }
+    }
+    let mut diagnoses = (0..vcpus.len()).filter_map(|index| of(index, None));
+    diagnoses.find(|diagnosis| diagnosis.class.is_some())
+}

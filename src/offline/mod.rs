@@ -1,0 +1,7 @@
+//! What a crash has left behind, a dump or a console log, and what can be said of it. Nothing here prints.
+
+mod crash;
+mod input;
+
+pub use crash::{Crash, of_dump};
+pub use input::Input;
