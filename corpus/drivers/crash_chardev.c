@@ -108,14 +108,15 @@ static int fault_panic(struct gauge *g)
 	return 0;
 }
 
+/* What touches the guard page first depends on how deep the stack was before. */
 static noinline int smooth(volatile unsigned char *before, int depth)
-{
+{ /* CRASH: stack-overflow */
 	volatile unsigned char window[200]; /* CRASH: stack-overflow */
 
 	if (depth > 100000)
 		return 0;
 	window[0] = depth + *before;
-	return smooth(window, depth + 1) + window[0];
+	return smooth(window, depth + 1) + window[0]; /* CRASH: stack-overflow */
 }
 
 static int fault_stack_overflow(struct gauge *g)

@@ -170,8 +170,8 @@ pub struct Place {
     pub function: String,
     /// The file's name.
     pub file: String,
-    /// The line, from 1.
-    pub line: usize,
+    /// The lines that may be at fault, from 1: mostly one; where the compiler decides, more.
+    pub lines: Vec<usize>,
 }
 
 /// One crash: trigger and expectations.
@@ -228,7 +228,7 @@ impl Case {
     /// The line that must be found at fault; `None` when a process is to blame.
     ///
     /// # Errors
-    /// [`Error::Marker`] when the driver's source does not mark it exactly once.
+    /// [`Error::Marker`] when the driver's source does not mark it, or in more than one function.
     pub fn offender(&self) -> Result<Option<Place>> {
         match self.blame {
             Blame::Process { .. } => Ok(None),
@@ -342,7 +342,7 @@ impl Case {
     }
 }
 
-/// Finds the line with a marker, and the function it is in, in a driver's source.
+/// Finds the lines with a marker, and the function they are in, in a driver's source.
 fn marked_line(driver: &'static str, case: &str) -> Result<Place> {
     let file = format!("{driver}.c");
     let text = lab::driver_source(&file).unwrap_or_default();
@@ -355,9 +355,13 @@ fn marked_line(driver: &'static str, case: &str) -> Result<Place> {
         .collect();
     let missing =
         || Error::Marker { driver: driver.to_owned(), case: case.to_owned(), count: found.len() };
-    let [index] = found[..] else { return Err(missing()) };
-    let function = enclosing_function(text, index).ok_or_else(missing)?;
-    Ok(Place { module: driver, function, file, line: index + 1 })
+    let function = found.first().and_then(|&first| enclosing_function(text, first));
+    let function = function.ok_or_else(missing)?;
+    if found.iter().any(|&line| enclosing_function(text, line).as_ref() != Some(&function)) {
+        return Err(missing());
+    }
+    let lines = found.iter().map(|index| index + 1).collect();
+    Ok(Place { module: driver, function, file, lines })
 }
 
 /// The name of the function around a line, in kernel style: its head starts in the first column.
@@ -402,10 +406,16 @@ mod tests {
     fn offender_is_the_function_around_the_marker() {
         let place = case("null-deref").unwrap().offender().unwrap().unwrap();
         assert_eq!((place.module, place.function.as_str()), ("crash_chardev", "corrected"));
-        let line = lab::driver_source("crash_chardev.c").unwrap().lines().nth(place.line - 1);
+        let line = lab::driver_source("crash_chardev.c").unwrap().lines().nth(place.lines[0] - 1);
         assert!(line.unwrap().contains("calibration->gain"));
         let place = case("irqs-off").unwrap().offender().unwrap().unwrap();
         assert_eq!(place.function, "with_irqs_off");
+    }
+
+    #[test]
+    fn the_compiler_may_choose_between_lines_of_one_function() {
+        let place = case("stack-overflow").unwrap().offender().unwrap().unwrap();
+        assert_eq!((place.function.as_str(), place.lines.len()), ("smooth", 3));
     }
 
     #[test]
