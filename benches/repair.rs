@@ -2,7 +2,7 @@
 //! reader judges them, nothing here fails for being slow.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,10 @@ use corpus::lab::{Kernel, Snapshot, Vm, VmConfig};
 use corpus::scenario::{Case, case};
 use serde_json::Value;
 
-const DEFIB: &str = env!("CARGO_BIN_EXE_defib");
+/// `DEFIB=/path cargo bench --bench repair` measures another build, to be compared with.
+fn defib() -> PathBuf {
+    std::env::var_os("DEFIB").map_or_else(|| env!("CARGO_BIN_EXE_defib").into(), PathBuf::from)
+}
 const LIMIT: Duration = Duration::from_secs(120);
 /// Crash-and-repair rounds on one VM.
 const ROUNDS: usize = 200;
@@ -67,8 +70,13 @@ fn main() -> Result<()> {
     if wanted("knowledge") {
         knowledge(&kernel, root.path())?;
     }
+    // `-- downtime mutex deep`: crashes only, of these cases.
+    if let Some(("downtime", mix)) = parts.split_first().map(|(part, mix)| (part.as_str(), mix)) {
+        let mix: Vec<&str> = mix.iter().map(String::as_str).collect();
+        rounds(&kernel, root.path(), if mix.is_empty() { MIX } else { &mix })?;
+    }
     if wanted("repair") {
-        let repaired = rounds(&kernel, root.path())?;
+        let repaired = rounds(&kernel, root.path(), MIX)?;
         reboot(&kernel, repaired)?;
     }
     if wanted("healthy") {
@@ -82,7 +90,7 @@ fn knowledge(kernel: &Kernel, root: &Path) -> Result<()> {
     let vmlinux = kernel.vmlinux().ok_or("no vmlinux")?;
     let output = root.join("kernel.defib");
     let start = Instant::now();
-    let mut child = Command::new(DEFIB)
+    let mut child = Command::new(defib())
         .args(["image", "build", "--cache"])
         .arg(root.join("cold"))
         .arg("--vmlinux")
@@ -123,7 +131,7 @@ fn guard(vm: &Vm, root: &Path, policy: &str) -> Result<(Guard, Value)> {
     let kernel = &vm.config().kernel;
     let policy_file = root.join("policy.toml");
     std::fs::write(&policy_file, policy)?;
-    let mut config = GuardConfig::with_debug_files(DEFIB, kernel, root.join("incidents"))?;
+    let mut config = GuardConfig::with_debug_files(defib(), kernel, root.join("incidents"))?;
     config.arguments.extend(["--policy".into(), policy_file.display().to_string()]);
     let mut guard = Guard::start(&config, &vm.qmp())?;
     let image = guard.await_event("image", LIMIT)?;
@@ -132,10 +140,10 @@ fn guard(vm: &Vm, root: &Path, policy: &str) -> Result<(Guard, Value)> {
 }
 
 /// Many crashes on one VM, whose workload must not notice.
-fn rounds(kernel: &Kernel, root: &Path) -> Result<Duration> {
+fn rounds(kernel: &Kernel, root: &Path, mix: &[&str]) -> Result<Duration> {
     let mut vm = Snapshot::cached(&VmConfig::new(kernel.clone()))?.restore()?;
     vm.agent().command("workload start")?;
-    let cases: Vec<&Case> = MIX.iter().filter_map(|name| case(name)).collect();
+    let cases: Vec<&Case> = mix.iter().filter_map(|name| case(name)).collect();
     let mut loaded = Vec::new();
     for case in &cases {
         if !loaded.contains(&case.driver) {
@@ -149,6 +157,7 @@ fn rounds(kernel: &Kernel, root: &Path) -> Result<Duration> {
         "guest layer taken from the running guest in {:.1} ms, without a pause",
         taken as f64 / 1e3
     );
+    let memory = resident_kib(guard.pid())?;
     let mut downtimes = Vec::new();
     let mut by_case: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
     for round in 0..ROUNDS {
@@ -169,7 +178,9 @@ fn rounds(kernel: &Kernel, root: &Path) -> Result<Duration> {
     }
     let workload = vm.agent().command("workload verify")?;
     let splats = vm.agent().command("splats")?;
+    println!("    guard's memory: {} KiB at first, {} KiB at last", memory, resident_kib(guard.pid())?);
     guard.detach()?;
+    phases(&root.join("incidents"))?;
     for (name, times) in &mut by_case {
         times.sort_unstable();
         println!("    {name:<18} median {:>7.2} ms", millis(times[times.len() / 2]));
@@ -185,6 +196,45 @@ fn rounds(kernel: &Kernel, root: &Path) -> Result<Duration> {
     );
     println!("    workload: {}\n    kernel log: {}\n", workload.text(), splats.text());
     Ok(at(0.5))
+}
+
+/// Medians of how long each phase took, from the incidents: of those that called functions of the guest, and of
+/// the others.
+fn phases(incidents: &Path) -> Result<()> {
+    let mut all: BTreeMap<(bool, String), Vec<u64>> = BTreeMap::new();
+    for folder in std::fs::read_dir(incidents)? {
+        let Ok(text) = std::fs::read_to_string(folder?.path().join("incident.json")) else {
+            continue;
+        };
+        let incident: Value = serde_json::from_str(&text)?;
+        let calls = text.contains("\"kind\":\"called\"") || text.contains("\"kind\": \"called\"");
+        let ends = incident.get("phases_us").and_then(Value::as_object);
+        let mut ends: Vec<(u64, String)> = ends
+            .into_iter()
+            .flatten()
+            .filter_map(|(name, end)| Some((end.as_u64()?, name.clone())))
+            .collect();
+        ends.sort();
+        let mut before = 0;
+        for (end, name) in ends {
+            all.entry((calls, name)).or_default().push(end - before);
+            before = end;
+        }
+    }
+    for ((calls, name), times) in &mut all {
+        times.sort_unstable();
+        let with = if *calls { "with calls" } else { "without calls" };
+        let (median, most) = (times[times.len() / 2], times[times.len() - 1]);
+        println!("    {with:<14} {name:<20} median {median:>6} us, most {most:>6} us");
+    }
+    Ok(())
+}
+
+/// Resident memory of a process that is its own, KiB: pages of the guest's RAM that it maps are not counted.
+fn resident_kib(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    Ok(line.ok_or("no RssAnon")?.trim().trim_end_matches(" kB").trim().parse()?)
 }
 
 fn millis(duration: Duration) -> f64 {

@@ -129,8 +129,8 @@ fn load(
 ) -> Result<(), Error> {
     let writer =
         hand.machine.writer().ok_or(Error::NoAbility { ability: "write to guest memory" })?;
-    // Only the first page is executed; under TCG writing code costs more than writing data.
-    let (code, data) = image.bytes.split_at(image.bytes.len().min(payload::MAILBOX as usize));
+    // Under TCG writing code costs more than writing data.
+    let (code, data) = image.code_and_data();
     writer.write_code(region.at, code).map_err(Error::machine("loading the payload"))?;
     writer
         .write(region.at + code.len() as u64, data)

@@ -67,7 +67,7 @@ never_kill = [\"systemd\", \"init\", \"dbus-daemon\", \"systemd-journal\", \"sys
 # Longest stop of the vCPUs for one repair, milliseconds.
 max_downtime_ms = 1000
 # Ways to get memory that the guest does not know, best first: hot_add, firmware_tail.
-fresh_memory = [\"hot_add\", \"firmware_tail\"]
+fresh_memory = [\"firmware_tail\", \"hot_add\"]
 # A driver without strikes left that can't be quarantined: go on returning errors.
 return_error_when_quarantine_fails = true
 # Drop a surplus of the preempt count that no lock explains (an overlooked lock would stay locked).
@@ -112,7 +112,7 @@ impl Default for Policy {
                 "systemd-logind",
             ]),
             max_downtime_ms: 1000,
-            fresh_memory: vec![FreshWay::HotAdd, FreshWay::FirmwareTail],
+            fresh_memory: vec![FreshWay::FirmwareTail, FreshWay::HotAdd],
             return_error_when_quarantine_fails: true,
             correct_preempt_count: false,
             lockup_s: 5,

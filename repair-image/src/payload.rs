@@ -128,6 +128,12 @@ impl PayloadImage {
         debug_assert_eq!(entry.get(Reg::Rflags).unwrap_or(0) & RFLAGS_IF, 0);
         Ok(Self { bytes, entry, finish: base + FINISH })
     }
+
+    /// The part of the region that is executed, and the rest, which is data.
+    #[must_use]
+    pub fn code_and_data(&self) -> (&[u8], &[u8]) {
+        self.bytes.split_at(CODE.len().min(self.bytes.len()))
+    }
 }
 
 fn put(bytes: &mut [u8], at: usize, what: &[u8]) {

@@ -219,6 +219,8 @@ impl Qemu {
 
     /// The hook a vCPU has just stopped at. It is noted that it stands there.
     fn hook_under(&mut self, vcpu: Vcpu) -> Result<Option<Hook>, Error> {
+        // Whoever is told of the stop asks for all of them next.
+        self.stub.learn_registers()?;
         let rip = self.stub.registers(vcpu)?.rip();
         let hook = rip.and_then(|rip| self.placement.hook_at(rip));
         if let Some(slot) = self.at_hook.get_mut(vcpu.0) {

@@ -53,10 +53,14 @@ fn find_rsdt(memory: &dyn PhysMemory) -> Result<Option<GuestPhys>, MemoryError> 
     memory.read(GuestPhys(RSDP_AREA.start), &mut area)?;
     let mut pointers =
         area.chunks_exact(16).zip(area.chunks_exact(16).skip(1)).filter_map(|pair| {
+            // Most of the area is something else.
+            if !pair.0.starts_with(b"RSD PTR ") {
+                return None;
+            }
             let bytes: Vec<u8> = pair.0.iter().chain(pair.1).copied().take(20).collect();
             let sum = bytes.iter().fold(0u8, |sum, &byte| sum.wrapping_add(byte));
             let (_, address) = bytes.split_last_chunk::<4>()?;
-            (bytes.starts_with(b"RSD PTR ") && sum == 0).then(|| u32::from_le_bytes(*address))
+            (sum == 0).then(|| u32::from_le_bytes(*address))
         });
     Ok(pointers.next().map(|address| GuestPhys(address.into())))
 }

@@ -30,13 +30,16 @@ pub(crate) struct Fresh {
     given: Vec<(FreshRegion, Given)>,
     /// Parts of the modules that code was written to.
     code: Vec<Range<GuestPhys>>,
+    /// The code that was last written to the firmware's memory, and where: QEMU may have translated it.
+    tail_code: Option<(GuestPhys, Vec<u8>)>,
     count: u64,
 }
 
 impl Fresh {
     /// Nothing given out yet.
     pub(crate) fn new(order: Vec<FreshKind>, ports: Option<Ports>) -> Self {
-        Self { order, ports, looked: false, given: Vec::new(), code: Vec::new(), count: 0 }
+        let (given, code) = (Vec::new(), Vec::new());
+        Self { order, ports, looked: false, given, code, tail_code: None, count: 0 }
     }
 
     /// Looks for the ports of memory hot-plug if they are not known: firmware programs where they are, so an
@@ -53,6 +56,7 @@ impl Fresh {
     pub(crate) fn forget_ports(&mut self) {
         self.ports = None;
         self.looked = false;
+        self.tail_code = None;
     }
 
     /// Tries each way in turn.
@@ -119,22 +123,32 @@ impl Fresh {
         Ok((region, Given::Tail(before)))
     }
 
-    /// Whether code may be written here past QEMU: a module that was just plugged in, where nothing was
-    /// executed yet. (QEMU drops the translations of memory that goes: a module plugged in later at the same
-    /// place of QEMU's RAM never ran old code.) From then on the range counts as executed.
-    pub(crate) fn is_untouched(&mut self, at: GuestPhys, len: u64) -> bool {
-        let (start, end) = (at.0, at.0.saturating_add(len));
-        let inside = |region: &FreshRegion| {
-            region.kind == FreshKind::HotAdded
-                && start >= region.at.0
-                && end <= region.at.0.saturating_add(region.size)
+    /// Whether code may be written here past QEMU, that is, whether QEMU holds no translation of anything else
+    /// that was here. From then on the range counts as executed.
+    ///
+    /// - In a module that was just plugged in nothing was executed yet. (QEMU drops the translations of memory
+    ///   that goes: a module plugged in later at the same place of QEMU's RAM never ran old code.)
+    /// - In the firmware's memory, if the same bytes were written to the same place the last time. What the guest
+    ///   itself writes there in between, QEMU sees.
+    pub(crate) fn may_bypass(&mut self, at: GuestPhys, bytes: &[u8]) -> bool {
+        let (start, end) = (at.0, at.0.saturating_add(bytes.len() as u64));
+        let inside = |(region, _): &&(FreshRegion, Given)| {
+            start >= region.at.0 && end <= region.at.0.saturating_add(region.size)
         };
-        if !self.given.iter().any(|(region, _)| inside(region)) {
-            return false;
+        match self.given.iter().find(inside).map(|(region, _)| region.kind) {
+            Some(FreshKind::HotAdded) => {
+                let apart = |known: &Range<GuestPhys>| end <= known.start.0 || start >= known.end.0;
+                let untouched = self.code.iter().all(apart);
+                self.code.push(at..GuestPhys(end));
+                untouched
+            }
+            Some(FreshKind::FirmwareTail) => {
+                let same = self.tail_code.as_ref().is_some_and(|last| *last == (at, bytes.to_vec()));
+                self.tail_code = Some((at, bytes.to_vec()));
+                same
+            }
+            _ => false,
         }
-        let untouched = self.code.iter().all(|known| end <= known.start.0 || start >= known.end.0);
-        self.code.push(at..GuestPhys(end));
-        untouched
     }
 
     /// Takes a region back.

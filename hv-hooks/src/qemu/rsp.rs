@@ -206,8 +206,12 @@ impl Rsp {
         Self { socket, buffer: Vec::new(), owes_ack: false, limit }
     }
 
-    /// Sends packets in one write; no answer is read.
+    /// Sends packets in one write; no answer is read. Without packets nothing is sent: an acknowledgement alone
+    /// would wake QEMU's main loop for nothing.
     pub(crate) fn send(&mut self, packets: &[&str]) -> Result<(), Error> {
+        if packets.is_empty() {
+            return Ok(());
+        }
         let mut bytes = Vec::with_capacity(256);
         if std::mem::take(&mut self.owes_ack) {
             bytes.push(b'+');
@@ -338,6 +342,7 @@ mod tests {
         let mut rsp = Rsp::new(Socket::from_fd(ours.into()).unwrap(), Duration::from_millis(200));
         theirs.write_all(b"$OK#9a").unwrap();
         rsp.order(&["Z1,10,1"]).unwrap();
+        rsp.order(&[]).unwrap();
         theirs.write_all(b"$E22#a9").unwrap();
         assert!(matches!(rsp.order(&["Z1,20,1"]), Err(Error::Answer { .. })));
         drop(rsp);

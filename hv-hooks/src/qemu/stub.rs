@@ -19,6 +19,8 @@ const MAX_VCPUS: usize = 8192;
 const WRITE_CHUNK: usize = 1024;
 /// `M` packets sent in one write; their answers are short.
 const WRITE_BATCH: usize = 16;
+/// vCPUs whose registers are asked for in one write; each answers with some 1,200 characters.
+const LEARN_BATCH: usize = 32;
 /// Longest target description or output of a monitor command.
 const MAX_TEXT: usize = 1 << 20;
 
@@ -104,6 +106,29 @@ impl Stub {
         let regs = self.file.decode(&all)?;
         self.remember(vcpu, regs);
         Ok(regs)
+    }
+
+    /// Reads the registers of all vCPUs that are not known yet, in one round trip: each is a wait for QEMU's main
+    /// loop.
+    pub(crate) fn learn_registers(&mut self) -> Result<(), Error> {
+        self.must_stand("reading registers")?;
+        let unknown = self.known.iter().enumerate().filter(|(_, known)| known.is_none());
+        let unknown: Vec<Vcpu> = unknown.map(|(index, _)| Vcpu(index)).collect();
+        for some in unknown.chunks(LEARN_BATCH) {
+            let mut packets = Vec::with_capacity(2 * some.len());
+            for &vcpu in some {
+                packets.extend([format!("Hg{:x}", self.thread(vcpu)?), "g".to_owned()]);
+            }
+            let packets: Vec<&str> = packets.iter().map(String::as_str).collect();
+            let answers = self.rsp.exchange(&packets)?;
+            for ((&vcpu, sent), said) in some.iter().zip(packets.chunks(2)).zip(answers.chunks(2)) {
+                let (Some(selected), Some(all)) = (said.first(), said.get(1)) else { break };
+                expect_ok(sent, std::slice::from_ref(selected))?;
+                let regs = self.file.decode(all)?;
+                self.remember(vcpu, regs);
+            }
+        }
+        Ok(())
     }
 
     fn remember(&mut self, vcpu: Vcpu, regs: Registers) {
