@@ -13,6 +13,8 @@ use crate::CodeCache;
 const MAX_OF_KERNEL: usize = 1024;
 const MAX_OF_MODULES: usize = 1024;
 const MAX_OF_MODULE: usize = 256;
+/// Packed variables of all modules together that are unpacked ahead, bytes: some ten times as many in memory.
+const MAX_VARIABLES: usize = 512 << 10;
 
 /// Kernel functions that lie on the way from an entry to a driver, without compiler suffixes. Names that
 /// a kernel does not have are passed over.
@@ -156,14 +158,28 @@ pub fn warm(
     budget: Duration,
 ) -> bool {
     let started = Instant::now();
-    let mut wanted = cache.take_wanted().unwrap_or_else(|| list(image));
+    let mut wanted = cache.take_wanted().unwrap_or_else(|| {
+        unpack(image);
+        list(image)
+    });
     while started.elapsed() < budget {
         let Some(at) = wanted.pop() else { break };
         cache.warm(image, memory, at);
+        // These unpack the part of a table that they look in.
+        let _ = (image.source(at), image.unwind_row(at));
     }
     let done = wanted.is_empty();
     cache.put_wanted(wanted);
     done
+}
+
+/// Has prototypes and variables unpacked, which a crash would otherwise wait for: 5 ms for a small driver.
+fn unpack(image: &RepairImage) {
+    image.kernel.unpack_ahead(0);
+    let mut left = MAX_VARIABLES;
+    for module in &image.modules {
+        left = left.saturating_sub(module.knowledge.unpack_ahead(left));
+    }
 }
 
 /// What is to be analysed, last one first.

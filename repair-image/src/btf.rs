@@ -242,17 +242,20 @@ impl Btf {
     }
 
     fn string(&self, offset: u32) -> Option<&str> {
+        std::str::from_utf8(self.text(offset)?).ok()
+    }
+
+    fn text(&self, offset: u32) -> Option<&[u8]> {
         let Some(own) = offset.checked_sub(self.first_string) else {
-            return self.base.as_ref()?.string(offset);
+            return self.base.as_ref()?.text(offset);
         };
         let (start, len) = self.strings;
         let rest = self.bytes.get(start..start.checked_add(len)?)?.get(own as usize..)?;
-        let text = rest.get(..memchr::memchr(0, rest)?)?;
-        std::str::from_utf8(text).ok()
+        rest.get(..memchr::memchr(0, rest)?)
     }
 
     fn hash(&self, name: u32) -> u64 {
-        xxh3_64(self.string(name).unwrap_or("").as_bytes())
+        xxh3_64(self.text(name).unwrap_or_default())
     }
 
     fn names(&self) -> &Chains {

@@ -10,8 +10,8 @@ use serde::{Serialize, Serializer};
 use crate::patch_sites::{PatchSites, SiteKind};
 use crate::{PageKind, PristineRun, RepairImage};
 
-/// Bytes compared at once.
-const CHUNK: usize = 64 << 10;
+/// Bytes compared at once: what was copied out of the guest is still in the first-level cache then.
+const CHUNK: usize = 16 << 10;
 /// Differing bytes looked into at most, in one comparison. A kernel whose text differs in more is not
 /// damaged but another.
 const MAX_BYTES: usize = 16 << 10;

@@ -5,6 +5,7 @@
 //! The guest runs meanwhile. Text, read-only data, IDT and per-CPU bases do not change then; the module
 //! list may, so it is walked before and after, and read again when it changed.
 
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -190,6 +191,12 @@ impl GuestLayer {
         let placement = located.placement;
         let space = placement.space(phys);
         let place = Place { kernel, slide: placement.slide };
+        // The first question for a type builds an index of all their names, which takes as long as copying half
+        // of the text: both at once.
+        let pristine = std::thread::scope(|scope| {
+            scope.spawn(|| kernel.types.member("list_head", "next"));
+            Arc::new(Pristine::of_kernel(&space, &place, &placement.text))
+        });
         let mut layer = Self {
             banner: located.banner,
             build_id: located.build_id,
@@ -201,12 +208,18 @@ impl GuestLayer {
             syscall_table: place.syscall_table(&space),
             modules: Vec::new(),
             module_keys: Vec::new(),
-            pages: pages(&space, &place, &placement.text),
-            pristine: Arc::new(Pristine::of_kernel(&space, &place, &placement.text)),
+            pages: Vec::new(),
+            pristine: Arc::clone(&pristine),
             knowledge: Vec::new(),
             placement,
         };
-        layer.read_modules(&space, &place)?;
+        let (hashes, read) = std::thread::scope(|scope| {
+            let hashes = scope.spawn(|| kept_hashes(&pristine));
+            let read = layer.read_modules(&space, &place);
+            (hashes.join().unwrap_or_default(), read)
+        });
+        read?;
+        layer.pages = pages(&space, &place, &layer.placement.text, &hashes);
         Ok(layer)
     }
 
@@ -275,7 +288,10 @@ impl GuestLayer {
         let types = &*place.kernel.types;
         let head = place.address("btf_modules");
         let btf = place.kernel.btf.as_ref().zip(head);
-        let btf = btf.map(|(base, head)| btf_of_modules(space, types, head, base));
+        let stayed: HashSet<GuestVirt> =
+            modules.iter().filter(|new| self.modules.contains(new)).map(|new| new.at).collect();
+        let is_new = |at: GuestVirt| !stayed.contains(&at);
+        let btf = btf.map(|(base, head)| btf_of_modules(space, types, head, base, &is_new));
         let btf = btf.unwrap_or_default();
         let known = self.modules.iter().zip(&self.knowledge);
         let known: Vec<_> =
@@ -303,7 +319,8 @@ impl GuestLayer {
     }
 
     /// Makes the knowledge of every module better whose file with debug information is found; says for each
-    /// module what was found. A file without source lines changes nothing: memory tells as much.
+    /// module what was found. A file without source lines changes nothing: memory tells as much. Modules whose
+    /// file was found before are left as they are.
     pub fn load_debug_files(
         &mut self,
         kernel: &KernelFacts,
@@ -312,6 +329,9 @@ impl GuestLayer {
         let layout = OrcLayout::of(&*kernel.types);
         let mut report = Vec::new();
         for (module, slot) in self.modules.iter().zip(&mut self.knowledge) {
+            if slot.has_source() {
+                continue;
+            }
             let mut search = files.find(module);
             if let Some(file) = &search.file {
                 match compile::module(&file.bytes, &module.sections, layout) {
@@ -505,12 +525,38 @@ fn table(space: &dyn VirtMemory, range: &Range<GuestVirt>) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Hashes of the kernel's text and read-only data.
-fn pages(space: &AddressSpace<'_>, place: &Place<'_>, text: &Range<GuestVirt>) -> Vec<PageHashes> {
+/// Hashes of the pages that are kept, by address.
+fn kept_hashes(pristine: &Pristine) -> HashMap<GuestVirt, u64> {
+    let runs = pristine.runs().iter();
+    let pages = runs.flat_map(|run| {
+        let hashed = (0u64..).zip(run.bytes.chunks(PAGE as usize));
+        hashed.map(|(index, page)| (run.start + index * PAGE, hash_page(page)))
+    });
+    pages.collect()
+}
+
+/// Hashes of the kernel's text and read-only data. Pages that are kept were read and hashed already; those that
+/// are not (with `rodata=off`) are read here.
+fn pages(
+    space: &AddressSpace<'_>,
+    place: &Place<'_>,
+    text: &Range<GuestVirt>,
+    kept: &HashMap<GuestVirt, u64>,
+) -> Vec<PageHashes> {
     let rodata = place.range("__start_rodata", "__end_rodata");
     let runs = [(PageKind::Text, Some(text.clone())), (PageKind::ReadOnlyData, rodata)];
     let runs = runs.into_iter().filter_map(|(kind, range)| Some((kind, range?)));
-    runs.map(|(kind, range)| hash_pages(space, kind, &range)).collect()
+    let hashes = |(kind, range): (PageKind, Range<GuestVirt>)| {
+        let start = range.start.align_down(PAGE);
+        let count = (range.end - start).min(MAX_TABLE).div_ceil(PAGE);
+        let hashes = (0..count).map(|index| {
+            let at = start + index * PAGE;
+            let read = || hash_pages(space, kind, &(at..at + PAGE)).hashes.pop().flatten();
+            kept.get(&at).copied().or_else(read)
+        });
+        PageHashes { kind, start, hashes: hashes.collect() }
+    };
+    runs.map(hashes).collect()
 }
 
 /// Hashes every page that `range` touches.
@@ -528,20 +574,20 @@ pub(crate) fn hash_pages(
         let here = ((count - hashes.len() as u64).min(64) * PAGE) as usize;
         let Some(bytes) = chunk.get_mut(..here) else { break };
         if space.read(at, bytes).is_ok() {
-            hashes.extend(bytes.chunks_exact(PAGE as usize).map(hash_page));
+            hashes.extend(bytes.chunks_exact(PAGE as usize).map(|page| Some(hash_page(page))));
             continue;
         }
         for (index, page) in bytes.chunks_exact_mut(PAGE as usize).enumerate() {
             let readable = space.read(at + index as u64 * PAGE, page).is_ok();
-            hashes.push(if readable { hash_page(page) } else { None });
+            hashes.push(readable.then(|| hash_page(page)));
         }
     }
     PageHashes { kind, start, hashes }
 }
 
 /// 0 stands for "not mapped" in the file, so it is not used as a hash.
-fn hash_page(page: &[u8]) -> Option<u64> {
-    Some(xxh3_64(page).max(1))
+fn hash_page(page: &[u8]) -> u64 {
+    xxh3_64(page).max(1)
 }
 
 /// Finds the kernel and learns of it without any file: symbols, types, ORC. No source lines, and unwind

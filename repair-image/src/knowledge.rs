@@ -266,6 +266,17 @@ impl Knowledge {
         self.variables.get_or_init(|| Variables::decode(&self.packed_variables).unwrap_or_default())
     }
 
+    /// Unpacks prototypes and variables ahead of need; bytes of the packed form. Variables of more than
+    /// `variables_max` packed bytes are left alone: they may be many MiB.
+    pub fn unpack_ahead(&self, variables_max: usize) -> usize {
+        self.prototypes();
+        if self.packed_variables.len() > variables_max {
+            return 0;
+        }
+        self.variables();
+        self.packed_variables.len()
+    }
+
     /// The pointers and structures among the parameters and variables that are there when control is at `at`, with
     /// the place of each, innermost scope first. Empty for the kernel proper: knowledge has those of modules only.
     #[must_use]

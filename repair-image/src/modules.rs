@@ -412,8 +412,8 @@ fn unwind(
     Some(orc::rows(&ips, ip.0, &entries, OrcLayout::of(types)?))
 }
 
-/// BTF of the loaded modules by address of their `struct module`, from the list `btf_modules`. The
-/// copy in the module itself is gone after loading (`do_init_module()` clears the pointer).
+/// BTF of those loaded modules that are `wanted`, by address of their `struct module`, from the list
+/// `btf_modules`. The copy in the module itself is gone after loading (`do_init_module()` clears the pointer).
 /// Empty when the kernel keeps none.
 #[must_use]
 pub fn btf_of_modules(
@@ -421,9 +421,10 @@ pub fn btf_of_modules(
     types: &dyn Types,
     head: GuestVirt,
     base: &Arc<Btf>,
+    wanted: &dyn Fn(GuestVirt) -> bool,
 ) -> HashMap<GuestVirt, Btf> {
     let mut found = HashMap::new();
-    let _ = walk_btf(memory, types, head, &mut |module, bytes| {
+    let _ = walk_btf(memory, types, head, wanted, &mut |module, bytes| {
         if let Ok(btf) = Btf::split(bytes, Arc::clone(base)) {
             found.insert(module, btf);
         }
@@ -435,6 +436,7 @@ fn walk_btf(
     memory: &dyn VirtMemory,
     types: &dyn Types,
     head: GuestVirt,
+    wanted: &dyn Fn(GuestVirt) -> bool,
     take: &mut dyn FnMut(GuestVirt, Vec<u8>),
 ) -> Option<()> {
     let member = |structure, path| types.member(structure, path).map(|member| member.offset);
@@ -448,10 +450,13 @@ fn walk_btf(
             break;
         }
         let at = GuestVirt(entry.0.wrapping_sub(list));
+        let module = GuestVirt(memory.read_u64(at + module).ok()?);
+        if !wanted(module) {
+            continue;
+        }
         let btf = GuestVirt(memory.read_u64(at + btf).ok()?);
         let data = GuestVirt(memory.read_u64(btf + data).ok()?);
         let size = memory.read_u32(btf + size).ok()?;
-        let module = GuestVirt(memory.read_u64(at + module).ok()?);
         if let Some(bytes) = bytes(memory, data, u64::from(size)) {
             take(module, bytes);
         }

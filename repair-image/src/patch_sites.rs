@@ -68,49 +68,13 @@ impl PatchSites {
     #[must_use]
     pub fn read(image: &RepairImage, memory: &dyn VirtMemory) -> Self {
         let mut sites = Vec::new();
-        let tables = [
-            (
-                SiteKind::JumpLabel,
-                "jump_entry",
-                "code",
-                "__start___jump_table",
-                "__stop___jump_table",
-            ),
-            (
-                SiteKind::StaticCall,
-                "static_call_site",
-                "addr",
-                "__start_static_call_sites",
-                "__stop_static_call_sites",
-            ),
-        ];
-        for (kind, structure, member, start, stop) in tables {
-            let ends = image.address_of(start).zip(image.address_of(stop));
-            if let Some((start, stop)) = ends.filter(|(start, stop)| start < stop) {
-                let size = image.types.size_of(structure).unwrap_or(0).max(1);
-                let table = Table { at: start, count: (stop - start) / size, structure, member };
-                sites.extend(table.sites(image, memory).into_iter().map(|at| (at, kind)));
-            }
-        }
-        for module in &image.modules {
-            for (kind, structure, member, pointer, count) in [
-                (SiteKind::JumpLabel, "jump_entry", "code", "jump_entries", "num_jump_entries"),
-                (
-                    SiteKind::StaticCall,
-                    "static_call_site",
-                    "addr",
-                    "static_call_sites",
-                    "num_static_call_sites",
-                ),
-            ] {
-                let word = |path: &str| {
-                    let member = image.types.member("module", path)?;
-                    memory.read_uint(module.at + member.offset, member.size).ok()
-                };
-                if let Some((at, count)) = word(pointer).zip(word(count)) {
-                    let table = Table { at: GuestVirt(at), count, structure, member };
-                    sites.extend(table.sites(image, memory).into_iter().map(|at| (at, kind)));
-                }
+        for source in &SOURCES {
+            let of_modules = image.modules.iter().filter_map(|module| {
+                source.of_module(image, memory, module.at)
+            });
+            for table in source.of_kernel(image).into_iter().chain(of_modules) {
+                let found = table.sites(image, memory);
+                sites.extend(found.into_iter().map(|at| (at, source.kind)));
             }
         }
         sites.sort_unstable();
@@ -207,6 +171,64 @@ fn detour(image: &RepairImage, is: &dyn VirtMemory, at: GuestVirt) -> Option<Sit
         let made_at_run_time = is.translate(target).is_ok() && !image.is_text(target);
         made_at_run_time.then_some(SiteKind::Detour)
     })
+}
+
+/// Where the tables of one kind of site are: the kernel's between two symbols, a module's by two members of
+/// `struct module`.
+struct Source {
+    kind: SiteKind,
+    structure: &'static str,
+    member: &'static str,
+    start: &'static str,
+    stop: &'static str,
+    pointer: &'static str,
+    count: &'static str,
+}
+
+const SOURCES: [Source; 2] = [
+    Source {
+        kind: SiteKind::JumpLabel,
+        structure: "jump_entry",
+        member: "code",
+        start: "__start___jump_table",
+        stop: "__stop___jump_table",
+        pointer: "jump_entries",
+        count: "num_jump_entries",
+    },
+    Source {
+        kind: SiteKind::StaticCall,
+        structure: "static_call_site",
+        member: "addr",
+        start: "__start_static_call_sites",
+        stop: "__stop_static_call_sites",
+        pointer: "static_call_sites",
+        count: "num_static_call_sites",
+    },
+];
+
+impl Source {
+    fn table(&self, at: GuestVirt, count: u64) -> Table {
+        Table { at, count, structure: self.structure, member: self.member }
+    }
+
+    fn of_kernel(&self, image: &RepairImage) -> Option<Table> {
+        let (start, stop) = (image.address_of(self.start)?, image.address_of(self.stop)?);
+        let size = image.types.size_of(self.structure).unwrap_or(0).max(1);
+        (start < stop).then(|| self.table(start, (stop - start) / size))
+    }
+
+    fn of_module(
+        &self,
+        image: &RepairImage,
+        memory: &dyn VirtMemory,
+        module: GuestVirt,
+    ) -> Option<Table> {
+        let word = |path: &str| {
+            let member = image.types.member("module", path)?;
+            memory.read_uint(module + member.offset, member.size).ok()
+        };
+        Some(self.table(GuestVirt(word(self.pointer)?), word(self.count)?))
+    }
 }
 
 /// A table whose entries hold a 32-bit distance from the member itself, as

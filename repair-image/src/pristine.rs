@@ -27,8 +27,8 @@ pub struct PristineRun {
     pub kind: PageKind,
     /// Guest-virtual address of the first page.
     pub start: GuestVirt,
-    /// Their bytes, whole pages.
-    pub bytes: Arc<[u8]>,
+    /// Their bytes, whole pages. Not `Arc<[u8]>`: they are as many as 30 MB, which that would copy once more.
+    pub bytes: Arc<Vec<u8>>,
 }
 
 impl PristineRun {
@@ -167,7 +167,7 @@ impl Pristine {
                 (len as u64).is_multiple_of(PAGE) && start.checked_add(len as u64).is_some();
             let bytes = rest.get(..len).filter(|_| whole && len > 0);
             let bytes = bytes.ok_or(damaged("length of pristine pages", len))?;
-            pristine.insert(PristineRun { kind, start, bytes: bytes.into() });
+            pristine.insert(PristineRun { kind, start, bytes: Arc::new(bytes.to_vec()) });
             *rest = rest.get(len..).unwrap_or_default();
         }
         Ok(pristine)
@@ -176,7 +176,7 @@ impl Pristine {
     /// For tests: a run made by hand.
     #[must_use]
     pub fn with(mut self, kind: PageKind, start: GuestVirt, bytes: &[u8]) -> Self {
-        self.insert(PristineRun { kind, start, bytes: bytes.into() });
+        self.insert(PristineRun { kind, start, bytes: Arc::new(bytes.to_vec()) });
         self
     }
 }
