@@ -225,3 +225,122 @@ fn name(
     let module = module.map(|module| module.name.clone());
     named.map_or((module.clone(), None, 0), |(name, offset)| (module, Some(name), offset))
 }
+
+#[cfg(test)]
+mod tests {
+    use guest::Machine;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::synth::{
+        CONSTANT_DATA, CONSTANT_MODULE, CONSTANT_TEXT, FUNCTION, LABEL, SHORT_LABEL, STATIC_CALL,
+        TRACED, WRITABLE, constants,
+    };
+
+    #[test]
+    fn a_healthy_guest_has_no_damage() {
+        let (mut machine, image) = constants();
+        machine.poke_virt(WRITABLE, &[7; 64]);
+        let found = compare(&image, machine.phys());
+        assert!(found.damage.is_empty() && found.patched.is_empty() && !found.overwhelmed);
+        assert_eq!(found.bytes, 12 * 4096);
+    }
+
+    #[test]
+    fn damage_is_told_by_name() {
+        let (mut machine, image) = constants();
+        machine.poke_virt(CONSTANT_TEXT + 0x10a, &[0x91, 0x80]);
+        machine.poke_virt(CONSTANT_MODULE + 0x205, &[0xd0]);
+        let found = compare(&image, machine.phys());
+        let words: Vec<String> = found.damage.iter().map(Damage::words).collect();
+        assert_eq!(
+            words,
+            [
+                "text is damaged at 0xffffffff8100010a (k100+0xa): 9180 instead of 9090, 2 bits flipped",
+                "text is damaged at 0xffffffffc0000205 (m200+0x5 [m]): d0 instead of 90, 1 bit flipped",
+            ]
+        );
+        let within = CONSTANT_MODULE..CONSTANT_MODULE + 0x205;
+        assert!(compare_within(&image, machine.phys(), &[within]).damage.is_empty());
+        let within = CONSTANT_MODULE..CONSTANT_MODULE + 0x206;
+        // Ranges may overlap: each byte is told once.
+        let twice = [within.clone(), within];
+        assert_eq!(compare_within(&image, machine.phys(), &twice).damage, found.damage[1..]);
+    }
+
+    #[test]
+    fn another_kernel_gives_no_conclusion() {
+        let (mut machine, image) = constants();
+        for page in 0..4 {
+            machine.poke_virt(CONSTANT_TEXT + page * 4096, &[0x55; 4096]);
+        }
+        assert!(compare(&image, machine.phys()).overwhelmed);
+    }
+
+    #[test]
+    fn a_damaged_table_hides_no_damaged_text() {
+        let (mut machine, image) = constants();
+        // The table now names the place where text is damaged.
+        let own = CONSTANT_DATA + 4;
+        let far = ((CONSTANT_TEXT + 0x520).0.wrapping_sub(own.0) as i32).to_le_bytes();
+        machine.poke_virt(own, &far);
+        machine.poke_virt(CONSTANT_TEXT + 0x520, &[0x91]);
+        let found = compare(&image, machine.phys());
+        assert!(found.damage.iter().any(|piece| piece.at == CONSTANT_TEXT + 0x520));
+        assert!(found.damage.iter().any(|piece| piece.kind == PageKind::ReadOnlyData));
+    }
+
+    /// Whether text at this offset may be rewritten.
+    fn is_site(offset: u64) -> bool {
+        let sites = [(LABEL, 5), (SHORT_LABEL, 2), (STATIC_CALL, 5), (TRACED, 5)];
+        sites.iter().any(|&(start, len)| (start..start + len).contains(&offset))
+    }
+
+    proptest! {
+        #[test]
+        fn a_flipped_bit_is_found_and_its_repair_puts_it_back(
+            region in 0usize..4, offset in 0u64..2 * 4096, bit in 0u8..8,
+        ) {
+            let starts =
+                [CONSTANT_TEXT, CONSTANT_DATA, CONSTANT_MODULE, CONSTANT_MODULE + 2 * 4096];
+            let at = starts[region] + offset;
+            prop_assume!(region == 1 || region == 3 || !is_site(offset));
+            let (mut machine, image) = constants();
+            let was = machine.space().read_u8(at).unwrap();
+            let is = was ^ 1 << bit;
+            prop_assume!(is != 0xcc);
+            machine.poke_virt(at, &[is]);
+            let found = compare(&image, machine.phys());
+            prop_assert_eq!(found.damage.len(), 1);
+            let piece = &found.damage[0];
+            prop_assert_eq!((piece.at, piece.flipped_bits()), (at, 1));
+            prop_assert_eq!((&piece.found[..], &piece.expected[..]), (&[is][..], &[was][..]));
+            if region == 0 {
+                prop_assert_eq!(piece.offset, offset % FUNCTION);
+            }
+            let (at, expected) = (piece.at, piece.expected.clone());
+            machine.poke_virt(at, &expected);
+            prop_assert!(compare(&image, machine.phys()).damage.is_empty());
+        }
+
+        #[test]
+        fn bytes_anywhere_are_damage_or_patched_never_both(
+            pokes in proptest::collection::vec((0u64..16 * 4096, any::<u8>()), 0..60),
+        ) {
+            let (mut machine, image) = constants();
+            let (before, _) = constants();
+            let mut changed = 0;
+            for (offset, byte) in &pokes {
+                machine.poke_virt(CONSTANT_TEXT + (offset & 0x3fff), &[*byte]);
+            }
+            for offset in 0..4 * 4096 {
+                let at = CONSTANT_TEXT + offset;
+                changed += usize::from(machine.space().read_u8(at) != before.space().read_u8(at));
+            }
+            let found = compare(&image, machine.phys());
+            let damaged: usize = found.damage.iter().map(|piece| piece.expected.len()).sum();
+            prop_assert_eq!(damaged + found.patched.len(), changed);
+            prop_assert!(found.damage.windows(2).all(|pair| pair[0].range().end <= pair[1].at));
+        }
+    }
+}

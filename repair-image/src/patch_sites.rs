@@ -69,9 +69,10 @@ impl PatchSites {
     pub fn read(image: &RepairImage, memory: &dyn VirtMemory) -> Self {
         let mut sites = Vec::new();
         for source in &SOURCES {
-            let of_modules = image.modules.iter().filter_map(|module| {
-                source.of_module(image, memory, module.at)
-            });
+            let of_modules = image
+                .modules
+                .iter()
+                .filter_map(|module| source.of_module(image, memory, module.at));
             for table in source.of_kernel(image).into_iter().chain(of_modules) {
                 let found = table.sites(image, memory);
                 sites.extend(found.into_iter().map(|at| (at, source.kind)));
@@ -259,5 +260,138 @@ impl Table {
             Some(entries.filter_map(site).collect())
         };
         read().unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use guest::fake::FakeMachine;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::synth::{
+        CONSTANT_DATA, CONSTANT_MODULE, CONSTANT_TEXT, LABEL, SHORT_LABEL, STATIC_CALL, TRACED,
+        WRITABLE, constants,
+    };
+
+    /// Why `bytes` may stand at `at` now, byte for byte; bytes that are as they were are left out.
+    fn reasons(at: GuestVirt, bytes: &[u8]) -> Vec<Option<SiteKind>> {
+        let (mut machine, image) = constants();
+        let before = machine.space();
+        let was: Vec<u8> =
+            (0..bytes.len()).map(|n| before.read_u8(at + n as u64).unwrap()).collect();
+        machine.poke_virt(at, bytes);
+        let space = machine.space();
+        let view = image.pristine.over(&space);
+        let sites = PatchSites::read(&image, &view);
+        let changed = (0u64..).zip(was.iter().zip(bytes)).filter(|(_, (was, is))| was != is);
+        changed.map(|(n, _)| sites.reason(&image, &view, &space, at + n)).collect()
+    }
+
+    fn all(kind: SiteKind, found: &[Option<SiteKind>]) {
+        assert!(
+            !found.is_empty() && found.iter().all(|&it| it == Some(kind)),
+            "{kind:?}: {found:?}"
+        );
+    }
+
+    #[test]
+    fn tables_of_kernel_and_module_are_read() {
+        let (machine, image) = constants();
+        let sites = PatchSites::read(&image, &machine.space());
+        let expected = [
+            (CONSTANT_TEXT + LABEL, SiteKind::JumpLabel),
+            (CONSTANT_TEXT + SHORT_LABEL, SiteKind::JumpLabel),
+            (CONSTANT_TEXT + STATIC_CALL, SiteKind::StaticCall),
+            (CONSTANT_MODULE + LABEL, SiteKind::JumpLabel),
+            (CONSTANT_MODULE + STATIC_CALL, SiteKind::StaticCall),
+        ];
+        assert_eq!(sites.sites, expected);
+        assert!(sites.len() == 5 && !sites.is_empty());
+    }
+
+    #[test]
+    fn legal_states_of_a_site_have_a_reason() {
+        for text in [CONSTANT_TEXT, CONSTANT_MODULE] {
+            all(SiteKind::JumpLabel, &reasons(text + LABEL, &[JMP, 0x10, 1, 2, 3]));
+            all(SiteKind::Breakpoint, &reasons(text + LABEL, &[INT3]));
+            all(SiteKind::StaticCall, &reasons(text + STATIC_CALL, &[CALL, 7, 7, 7, 1]));
+            // xor eax, eax with prefixes: a static call that returns 0.
+            all(
+                SiteKind::StaticCall,
+                &reasons(text + STATIC_CALL, &[0x2e, 0x2e, 0x2e, 0x31, 0xc0]),
+            );
+            all(SiteKind::StaticCall, &reasons(text + STATIC_CALL, NOP5));
+            all(SiteKind::FunctionEntry, &reasons(text + TRACED, &[CALL, 7, 7, 7, 1]));
+            // A kprobe anywhere.
+            all(SiteKind::Breakpoint, &reasons(text + 0x123, &[INT3]));
+        }
+        all(SiteKind::JumpLabel, &reasons(CONSTANT_TEXT + SHORT_LABEL, &[JMP_SHORT, 0x10]));
+    }
+
+    #[test]
+    fn what_is_beside_a_site_has_none() {
+        for at in [
+            LABEL - 1,
+            LABEL + 5,
+            SHORT_LABEL - 1,
+            SHORT_LABEL + 2,
+            STATIC_CALL - 1,
+            STATIC_CALL + 5,
+        ] {
+            assert_eq!(reasons(CONSTANT_TEXT + at, &[0x91]), [None], "{at:#x}");
+        }
+        // The module's table names no short label.
+        assert_eq!(reasons(CONSTANT_MODULE + SHORT_LABEL, &[JMP_SHORT]), [None]);
+        // A function without a nop at its entry, and what follows the nop of one that has it.
+        assert_eq!(reasons(CONSTANT_TEXT + 0x500, &[CALL, 7, 7, 7, 1]), [None; 5]);
+        assert_eq!(reasons(CONSTANT_TEXT + TRACED + 5, &[0x91]), [None]);
+    }
+
+    #[test]
+    fn a_jump_to_what_is_no_text_is_a_detour() {
+        let (from, to) = (CONSTANT_TEXT + 0x520, WRITABLE + 0x10);
+        let far = (to.0.wrapping_sub(from.0 + JUMP) as i32).to_le_bytes();
+        all(SiteKind::Detour, &reasons(from, &[&[JMP], &far[..]].concat()));
+        // Into the middle of other text: no kprobe does that.
+        assert_eq!(reasons(from, &[JMP, 0x10, 0, 0, 0]), [None; 5]);
+    }
+
+    #[test]
+    fn lock_prefixes_come_and_go() {
+        let (mut machine, image) = constants();
+        machine.poke_virt(CONSTANT_TEXT + 0x600, &[0x3e]);
+        let mut kept = vec![0x90; 4096];
+        kept[0x600] = 0xf0;
+        let was = crate::Pristine::default().with(crate::PageKind::Text, CONSTANT_TEXT, &kept);
+        let space = machine.space();
+        let sites = PatchSites::read(&image, &space);
+        let reason = sites.reason(&image, &was.over(&space), &space, CONSTANT_TEXT + 0x600);
+        assert_eq!(reason, Some(SiteKind::LockPrefix));
+    }
+
+    fn sites_of(machine: &FakeMachine, image: &RepairImage) -> usize {
+        PatchSites::read(image, &machine.space()).len()
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_tables_neither_panic_nor_hang(
+            pointer in any::<u64>(), count in any::<u32>(), entry in any::<[u8; 12]>(),
+            at in 0u64..0x200, near in any::<bool>(),
+        ) {
+            let (mut machine, image) = constants();
+            machine.poke_virt(CONSTANT_DATA + at, &entry);
+            let pointer = if near { CONSTANT_MODULE.0 + (pointer & 0x3fff) } else { pointer };
+            let module = image.modules[0].at;
+            machine.poke_virt(module + 0x10, &pointer.to_le_bytes());
+            machine.poke_virt(module + 0x18, &count.to_le_bytes());
+            prop_assert!(sites_of(&machine, &image) as u64 <= MAX_SITES + 8);
+            let space = machine.space();
+            let sites = PatchSites::read(&image, &space);
+            for probe in [0, LABEL, 0xfff, 0x3fff] {
+                let _ = sites.reason(&image, &space, &space, CONSTANT_TEXT + probe);
+            }
+        }
     }
 }

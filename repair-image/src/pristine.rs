@@ -91,7 +91,12 @@ impl Pristine {
     }
 
     /// Adds the pages of a range that are mapped read-only.
-    fn add(&mut self, space: &AddressSpace<'_>, kind: PageKind, range: &Range<GuestVirt>) {
+    pub(crate) fn add(
+        &mut self,
+        space: &AddressSpace<'_>,
+        kind: PageKind,
+        range: &Range<GuestVirt>,
+    ) {
         let end = up(range.end);
         let mut at = range.start.align_down(PAGE);
         let mut left = MAX_BYTES.saturating_sub(self.bytes());
@@ -241,5 +246,100 @@ impl VirtMemory for PristineMemory<'_> {
 
     fn translate(&self, at: GuestVirt) -> Result<GuestPhys, MemoryError> {
         self.under.translate(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use guest::fake::{FakeMachine, PageSize};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::synth::{CONSTANT_DATA, CONSTANT_MODULE, CONSTANT_TEXT, WRITABLE, constants};
+
+    #[test]
+    fn what_is_mapped_read_only_is_kept_and_nothing_else() {
+        let (machine, image) = constants();
+        let starts: Vec<_> =
+            image.pristine.runs().iter().map(|run| (run.kind, run.start)).collect();
+        let expected = [
+            (PageKind::Text, CONSTANT_TEXT),
+            (PageKind::ReadOnlyData, CONSTANT_DATA),
+            (PageKind::ModuleText, CONSTANT_MODULE),
+            (PageKind::ModuleReadOnlyData, CONSTANT_MODULE + 2 * PAGE),
+        ];
+        assert_eq!(starts, expected);
+        assert_eq!(image.pristine.bytes(), 12 * PAGE);
+        assert!(image.pristine.run_at(WRITABLE).is_none());
+        assert!(image.pristine.run_at(CONSTANT_TEXT + 4 * PAGE).is_none());
+        let mut page = [0; 4096];
+        machine.space().read(CONSTANT_DATA + PAGE, &mut page).unwrap();
+        let run = image.pristine.run_at(CONSTANT_DATA + PAGE).unwrap();
+        assert_eq!(run.bytes[PAGE as usize..2 * PAGE as usize], page);
+    }
+
+    #[test]
+    fn a_hole_and_a_writable_page_split_a_run() {
+        let mut machine = FakeMachine::new(1 << 20, false);
+        for page in [0, 1, 2, 4, 5] {
+            let at = CONSTANT_TEXT + page * PAGE;
+            machine.map(at, GuestPhys(page * PAGE), PageSize::Size4K);
+            let entry = machine.space().walk(at).unwrap();
+            let bits = if page == 1 { entry.entry } else { entry.entry & !2 };
+            machine.poke(entry.entry_at, &bits.to_le_bytes());
+        }
+        let mut pristine = Pristine::default();
+        let range = CONSTANT_TEXT + 1..CONSTANT_TEXT + (6 * PAGE - 1);
+        pristine.add(&machine.space(), PageKind::Text, &range);
+        let ranges: Vec<_> = pristine.runs().iter().map(PristineRun::range).collect();
+        let at = |page: u64| CONSTANT_TEXT + page * PAGE;
+        assert_eq!(ranges, [at(0)..at(1), at(2)..at(3), at(4)..at(6)]);
+        // What overlaps is not taken twice.
+        pristine.add(&machine.space(), PageKind::ReadOnlyData, &(at(5)..at(6)));
+        assert_eq!(pristine.bytes(), 4 * PAGE);
+    }
+
+    #[test]
+    fn pristine_bytes_lie_over_memory_that_has_others() {
+        let (mut machine, image) = constants();
+        machine.poke_virt(CONSTANT_TEXT + 0x10, &[1, 2, 3]);
+        machine.poke_virt(WRITABLE, &[4]);
+        let space = machine.space();
+        let view = image.pristine.over(&space);
+        assert_eq!(view.read_u32(CONSTANT_TEXT + 0x10), Ok(0x9090_9090));
+        assert_eq!(space.read_u32(CONSTANT_TEXT + 0x10), Ok(0x9003_0201));
+        assert_eq!(view.read_u8(WRITABLE), Ok(4));
+        assert!(view.read_u64(CONSTANT_TEXT + (4 * PAGE - 4)).is_err(), "past its end is a hole");
+        assert!(view.read(GuestVirt(u64::MAX - 1), &mut [0; 8]).is_err());
+    }
+
+    #[test]
+    fn writing_and_reading_back() {
+        let (_, image) = constants();
+        let mut bytes = Vec::new();
+        image.pristine.write(&mut bytes);
+        let mut rest = bytes.as_slice();
+        assert_eq!(Pristine::read(&mut rest).unwrap(), *image.pristine);
+        assert!(rest.is_empty());
+        for cut in [0, 7, 8, 20, bytes.len() - 1] {
+            assert!(Pristine::read(&mut &bytes[..cut]).is_err(), "{cut}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_file_is_read_or_refused(at in 0usize..64, word in any::<u64>()) {
+            let (_, image) = constants();
+            let mut bytes = Vec::new();
+            image.pristine.write(&mut bytes);
+            bytes[at..at + 8].copy_from_slice(&word.to_le_bytes());
+            if let Ok(pristine) = Pristine::read(&mut bytes.as_slice()) {
+                let mut ends = GuestVirt(0);
+                for run in pristine.runs() {
+                    prop_assert!(ends <= run.start && !run.bytes.is_empty());
+                    ends = run.range().end;
+                }
+            }
+        }
     }
 }

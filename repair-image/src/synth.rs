@@ -213,3 +213,135 @@ pub(crate) fn module_types(old: bool) -> FakeTypes {
     ]);
     types
 }
+
+/// Where the image of [`constants`] has its parts, guest-virtual: four pages of text, four of read-only data
+/// with the patch-site tables in the first, four of a module (two of text), and one that can be written.
+pub(crate) const CONSTANT_TEXT: GuestVirt = GuestVirt(0xffff_ffff_8100_0000);
+pub(crate) const CONSTANT_DATA: GuestVirt = GuestVirt(0xffff_ffff_8200_0000);
+pub(crate) const CONSTANT_MODULE: GuestVirt = GuestVirt(0xffff_ffff_c000_0000);
+pub(crate) const WRITABLE: GuestVirt = GuestVirt(0xffff_ffff_8300_0000);
+/// A jump label of five bytes and one of two, and a static call, in text; the same in the module, but for the
+/// short label.
+pub(crate) const LABEL: u64 = 0x840;
+pub(crate) const SHORT_LABEL: u64 = 0x850;
+pub(crate) const STATIC_CALL: u64 = 0x860;
+/// A function that can be traced, and the size of each function of the image.
+pub(crate) const TRACED: u64 = 0x400;
+pub(crate) const FUNCTION: u64 = 0x100;
+const PAGE: u64 = 4096;
+
+/// Sizes and members of the tables; strides that no real kernel has.
+fn constant_types() -> FakeTypes {
+    let mut types = FakeTypes::default();
+    types.members.extend([
+        (("jump_entry", "code"), (4, 4)),
+        (("static_call_site", "addr"), (0, 4)),
+        (("module", "jump_entries"), (0x10, 8)),
+        (("module", "num_jump_entries"), (0x18, 4)),
+        (("module", "static_call_sites"), (0x20, 8)),
+        (("module", "num_static_call_sites"), (0x28, 4)),
+    ]);
+    types.sizes.extend([("jump_entry", 12), ("static_call_site", 8)]);
+    types
+}
+
+/// A small kernel with a module whose constant pages are mapped read-only and kept in the image as they are in
+/// the machine. Text is 0x90 (`nop`) where nothing else is said; data counts up.
+pub(crate) fn constants() -> (FakeMachine, crate::RepairImage) {
+    let mut machine = FakeMachine::new(2 << 20, false);
+    for (start, phys, read_only) in [
+        (CONSTANT_TEXT, 0x1_0000, true),
+        (CONSTANT_DATA, 0x2_0000, true),
+        (CONSTANT_MODULE, 0x3_0000, true),
+        (WRITABLE, 0x4_0000, false),
+    ] {
+        for page in 0..4 {
+            let (at, phys) = (start + page * PAGE, GuestPhys(phys + page * PAGE));
+            machine.map(at, phys, PageSize::Size4K);
+            let entry = machine.space().walk(at).unwrap();
+            let bits = if read_only { entry.entry & !2 } else { entry.entry };
+            machine.poke(entry.entry_at, &bits.to_le_bytes());
+            let bytes: Vec<u8> = (0..PAGE).map(|byte| (byte % 251) as u8).collect();
+            machine.poke(phys, if start == CONSTANT_DATA { &bytes } else { &[0x90; 4096] });
+        }
+    }
+    for text in [CONSTANT_TEXT, CONSTANT_MODULE] {
+        machine.poke_virt(text + LABEL, &[0x0f, 0x1f, 0x44, 0, 0]);
+        machine.poke_virt(text + SHORT_LABEL, &[0x66, 0x90]);
+        machine.poke_virt(text + STATIC_CALL, &[0xe8, 1, 2, 3, 0]);
+        machine.poke_virt(text + TRACED, &[0x0f, 0x1f, 0x44, 0, 0]);
+    }
+    let far = |from: GuestVirt, to: GuestVirt| (to.0.wrapping_sub(from.0) as i32).to_le_bytes();
+    let mut table = |at: GuestVirt, stride: u64, member: u64, sites: &[GuestVirt]| {
+        for (index, &site) in (0u64..).zip(sites) {
+            let own = at + index * stride + member;
+            machine.poke_virt(own, &far(own, site));
+        }
+    };
+    let text = CONSTANT_TEXT;
+    table(CONSTANT_DATA, 12, 4, &[text + LABEL, text + SHORT_LABEL]);
+    table(CONSTANT_DATA + 0x100, 8, 0, &[text + STATIC_CALL]);
+    let (module, of_module) = (WRITABLE + 0x800, CONSTANT_MODULE + 0x2800);
+    table(of_module, 12, 4, &[CONSTANT_MODULE + LABEL]);
+    table(of_module + 0x100, 8, 0, &[CONSTANT_MODULE + STATIC_CALL]);
+    for (offset, word) in [(0x10, of_module.0), (0x18, 1), (0x20, (of_module + 0x100).0), (0x28, 1)]
+    {
+        machine.poke_virt(module + offset, &word.to_le_bytes());
+    }
+    let image = constant_image(&machine, module);
+    (machine, image)
+}
+
+fn constant_image(machine: &FakeMachine, module: GuestVirt) -> crate::RepairImage {
+    let function =
+        |name: String, at: GuestVirt| (name, LinkAddr(at.0), FUNCTION, SymbolKind::Function);
+    let object =
+        |name: &str, at: GuestVirt| (name.to_owned(), LinkAddr(at.0), 0, SymbolKind::Object);
+    let functions = |start: GuestVirt, pages: u64| {
+        (0..pages * PAGE / FUNCTION).map(move |n| start + n * FUNCTION)
+    };
+    let mut symbols: Vec<_> = functions(CONSTANT_TEXT, 4)
+        .map(|at| function(format!("k{:x}", at.0 & 0xffff), at))
+        .collect();
+    symbols.extend([
+        object("__start___jump_table", CONSTANT_DATA),
+        object("__stop___jump_table", CONSTANT_DATA + 24),
+        object("__start_static_call_sites", CONSTANT_DATA + 0x100),
+        object("__stop_static_call_sites", CONSTANT_DATA + 0x108),
+    ]);
+    let of_module =
+        functions(CONSTANT_MODULE, 2).map(|at| function(format!("m{:x}", at.0 & 0xffff), at));
+    let knowledge =
+        |symbols| Knowledge::new(KnowledgeParts { symbols, ..KnowledgeParts::default() });
+    let module = crate::Module {
+        name: "m".to_owned(),
+        at: module,
+        text: vec![CONSTANT_MODULE..CONSTANT_MODULE + 2 * PAGE],
+        ranges: vec![CONSTANT_MODULE..CONSTANT_MODULE + 4 * PAGE],
+        sections: Vec::new(),
+        knowledge: std::sync::Arc::new(knowledge(of_module.collect())),
+    };
+    let mut pristine = crate::Pristine::default();
+    for (kind, start, pages) in [
+        (crate::PageKind::Text, CONSTANT_TEXT, 4),
+        (crate::PageKind::ReadOnlyData, CONSTANT_DATA, 4),
+        (crate::PageKind::ModuleText, CONSTANT_MODULE, 2),
+        (crate::PageKind::ModuleReadOnlyData, CONSTANT_MODULE + 2 * PAGE, 2),
+        (crate::PageKind::ReadOnlyData, WRITABLE, 4),
+    ] {
+        pristine.add(&machine.space(), kind, &(start..start + pages * PAGE));
+    }
+    crate::RepairImage {
+        kernel: std::sync::Arc::new(knowledge(symbols)),
+        types: std::sync::Arc::new(constant_types()),
+        placement: crate::Placement {
+            slide: 0,
+            root: machine.space().root(),
+            five_level: false,
+            text: CONSTANT_TEXT..CONSTANT_TEXT + 4 * PAGE,
+            per_cpu: Vec::new(),
+        },
+        modules: vec![module],
+        pristine: std::sync::Arc::new(pristine),
+    }
+}
