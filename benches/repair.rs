@@ -178,7 +178,11 @@ fn rounds(kernel: &Kernel, root: &Path, mix: &[&str]) -> Result<Duration> {
     }
     let workload = vm.agent().command("workload verify")?;
     let splats = vm.agent().command("splats")?;
-    println!("    guard's memory: {} KiB at first, {} KiB at last", memory, resident_kib(guard.pid())?);
+    println!(
+        "    guard's memory: {} KiB at first, {} KiB at last",
+        memory,
+        resident_kib(guard.pid())?
+    );
     guard.detach()?;
     phases(&root.join("incidents"))?;
     for (name, times) in &mut by_case {

@@ -177,7 +177,9 @@ fn fresh_memory_comes_and_goes() {
         let mut arguments = SHARED.to_vec();
         arguments[5] = machine;
         let vm = Vm::boot(&arguments);
-        let mut qemu = vm.attach();
+        let mut options = AttachOptions::new(vm.qmp());
+        options.fresh_order = vec![FreshKind::HotAdded];
+        let mut qemu = Qemu::attach(options).expect("attached");
         firmware_done(&qemu);
         qemu.stop().unwrap();
         // Looks for the hot-plug ports, which the firmware has placed by now.
@@ -224,6 +226,14 @@ fn without_slots_the_firmware_tail_serves() {
     let mut bytes = [1; 64];
     qemu.phys().read(region.at, &mut bytes).unwrap();
     assert_eq!(bytes, [0; 64], "put back");
+    // The same code as before goes past QEMU, other code does not: both are there.
+    for code in [[7; 64], [8; 64], [8; 64], [7; 64]] {
+        let region = qemu.add(64 << 10).unwrap();
+        qemu.write_code(region.at, &code).unwrap();
+        qemu.phys().read(region.at, &mut bytes).unwrap();
+        assert_eq!(bytes, code);
+        qemu.remove(region).unwrap();
+    }
 }
 
 /// Puts `code` at guest-physical 0x8000 and vCPU 0 there, in the mode the firmware idles in.

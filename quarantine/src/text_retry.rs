@@ -386,3 +386,182 @@ fn writes(instruction: &Instruction, reg: Reg) -> bool {
     let string = instruction.mnemonic.starts_with("rep");
     named || implicit || string || instruction.mnemonic.ends_with("call") && !kept
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use diagnose::Diagnosis;
+    use proptest::prelude::*;
+    use repair_image::Pristine;
+
+    use super::*;
+    use crate::testing::{MODULE_TEXT, Scene};
+
+    /// In the toy driver's second function: `mov rax, [rbx]`, `call rax`.
+    const CODE: [u8; 5] = [0x48, 0x8b, 0x03, 0xff, 0xd0];
+    const CALLER: u64 = 0x40;
+    const RETURN: u64 = CALLER + 5;
+    /// A pointer in the driver's constants, to its third function.
+    const SLOT: u64 = 0x2300;
+    const TARGET: u64 = 0x80;
+    const BAD: u64 = 0xffff_dead_0000_0000;
+
+    /// A call through a pointer whose bytes were damaged: it has pushed its return address and faulted.
+    fn bad_call() -> (Scene, Diagnosis) {
+        let mut scene = Scene::new();
+        scene.machine.poke_virt(MODULE_TEXT + CALLER, &CODE);
+        let slot = MODULE_TEXT + SLOT;
+        scene.poke_word(slot, (MODULE_TEXT + TARGET).0);
+        let mut pristine = Pristine::default();
+        for (kind, start) in [
+            (PageKind::ModuleText, MODULE_TEXT),
+            (PageKind::ModuleReadOnlyData, MODULE_TEXT + 0x2000),
+        ] {
+            let mut page = [0; 4096];
+            scene.machine.space().read(start, &mut page).unwrap();
+            pristine = pristine.with(kind, start, &page);
+        }
+        scene.image.pristine = Arc::new(pristine);
+        scene.poke_word(slot, BAD);
+        let mut diagnosis = scene.diagnosis();
+        let rsp = scene.boundary_rsp.offset(-64);
+        scene.poke_word(rsp, (MODULE_TEXT + RETURN).0);
+        diagnosis.class = Some(CrashClass::ReadOnlyDataCorruption);
+        let frame = &mut diagnosis.frames[1];
+        frame.pc = CodeAddress::Exact(GuestVirt(BAD));
+        frame.trust = Trust::SavedRegisters;
+        for reg in Reg::GENERAL {
+            frame.registers.set(reg, 0);
+        }
+        let registers = [
+            (Reg::Rip, BAD),
+            (Reg::Rax, BAD),
+            (Reg::Rbx, slot.0),
+            (Reg::Rsp, rsp.0),
+            (Reg::Rflags, 2),
+        ];
+        registers.into_iter().for_each(|(reg, value)| frame.registers.set(reg, value));
+        diagnosis.damage = vec![Damage {
+            at: slot,
+            kind: PageKind::ModuleReadOnlyData,
+            module: Some("toy".to_owned()),
+            symbol: None,
+            offset: 0,
+            found: BAD.to_le_bytes().to_vec(),
+            expected: (MODULE_TEXT + TARGET).0.to_le_bytes().to_vec(),
+        }];
+        (scene, diagnosis)
+    }
+
+    fn retry(scene: &Scene, diagnosis: &Diagnosis) -> Result<Registers, Reason> {
+        let memory = scene.machine.space();
+        let situation = Situation { diagnosis, image: &scene.image, memory: &memory, vcpus: &[] };
+        let planned = steps(&situation)?;
+        match planned.actions.as_slice() {
+            [Action::SetRegisters { registers, .. }] => Ok(*registers),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn why(scene: &Scene, diagnosis: &Diagnosis) -> String {
+        retry(scene, diagnosis).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_call_through_a_damaged_pointer_goes_to_the_right_function() {
+        let (scene, diagnosis) = bad_call();
+        let registers = retry(&scene, &diagnosis).unwrap();
+        assert_eq!(registers.rip(), Some(MODULE_TEXT + TARGET));
+        // The return address stays pushed.
+        assert_eq!(registers.rsp(), diagnosis.frames[1].registers.rsp());
+    }
+
+    #[test]
+    fn a_call_that_took_its_target_elsewhere_is_not_retried() {
+        let (scene, mut diagnosis) = bad_call();
+        diagnosis.frames[1].registers.set(Reg::Rbx, (MODULE_TEXT + SLOT + 8).0);
+        assert!(why(&scene, &diagnosis).contains("not proven"));
+        let (mut scene, diagnosis) = bad_call();
+        // The return address is not behind a call.
+        let rsp = diagnosis.frames[1].registers.rsp().unwrap();
+        scene.poke_word(rsp, (MODULE_TEXT + CALLER + 3).0);
+        assert!(why(&scene, &diagnosis).contains("not proven"));
+        let (mut scene, diagnosis) = bad_call();
+        // A pointer into the middle of a function was no call's target.
+        let kept = Pristine::default().with(
+            PageKind::ModuleReadOnlyData,
+            MODULE_TEXT + 0x2000,
+            &[7; 4096],
+        );
+        scene.image.pristine = Arc::new(kept);
+        assert!(why(&scene, &diagnosis).contains("not proven"));
+    }
+
+    #[test]
+    fn without_all_saved_registers_nothing_is_retried() {
+        let (scene, mut diagnosis) = bad_call();
+        diagnosis.frames[1].trust = Trust::Cfi;
+        assert!(matches!(retry(&scene, &diagnosis), Err(Reason::NoSavedRegisters)));
+        let (scene, mut diagnosis) = bad_call();
+        let mut known = Registers::unknown();
+        for reg in Reg::GENERAL.into_iter().filter(|&reg| reg != Reg::R9) {
+            known.set(reg, 1);
+        }
+        diagnosis.frames[1].registers = known.with(Reg::Rip, BAD).with(Reg::Rflags, 2);
+        let reason = retry(&scene, &diagnosis);
+        assert!(
+            matches!(reason, Err(Reason::UnknownRegister { register: "r9", .. })),
+            "{reason:?}"
+        );
+    }
+
+    #[test]
+    fn an_exception_that_is_no_fault_is_not_retried() {
+        for name in NOT_FAULTS {
+            let (scene, mut diagnosis) = bad_call();
+            diagnosis.frames[0].function = Some(name.to_owned());
+            assert!(matches!(retry(&scene, &diagnosis), Err(Reason::Context { .. })), "{name}");
+        }
+    }
+
+    #[test]
+    fn damage_that_explains_nothing_is_no_reason_to_retry() {
+        let (scene, mut diagnosis) = bad_call();
+        diagnosis.class = Some(CrashClass::NullDereference);
+        assert!(why(&scene, &diagnosis).contains("does not explain"));
+        let (scene, mut diagnosis) = bad_call();
+        let mut text = diagnosis.damage[0].clone();
+        (text.at, text.kind) = (MODULE_TEXT + 0x100, PageKind::ModuleText);
+        diagnosis.damage.push(text);
+        assert!(why(&scene, &diagnosis).contains("text is damaged too"));
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_memory_and_registers_never_panic(
+            words in proptest::collection::vec((0u64..0x80, any::<u64>(), any::<bool>()), 1..12),
+            code in proptest::collection::vec(any::<u8>(), 1..64),
+            class in 0_usize..3,
+        ) {
+            let (mut scene, mut diagnosis) = bad_call();
+            scene.machine.poke_virt(MODULE_TEXT + CALLER, &code);
+            for (slot, value, near) in words {
+                let value = if near { MODULE_TEXT.0 + (value & 0x2fff) } else { value };
+                scene.poke_word(scene.boundary_rsp.offset(-64) + (slot & 7) * 8, value);
+                let reg = Reg::GENERAL[(slot >> 3) as usize % Reg::GENERAL.len()];
+                diagnosis.frames[1].registers.set(reg, value);
+            }
+            let classes = [
+                CrashClass::TextCorruption,
+                CrashClass::IdtCorruption,
+                CrashClass::ReadOnlyDataCorruption,
+            ];
+            diagnosis.class = classes.get(class).cloned();
+            if let Ok(registers) = retry(&scene, &diagnosis) {
+                let rip = registers.rip().unwrap();
+                prop_assert!(rip == GuestVirt(BAD) || scene.image.is_text(rip));
+            }
+        }
+    }
+}

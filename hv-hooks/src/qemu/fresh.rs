@@ -143,7 +143,8 @@ impl Fresh {
                 untouched
             }
             Some(FreshKind::FirmwareTail) => {
-                let same = self.tail_code.as_ref().is_some_and(|last| *last == (at, bytes.to_vec()));
+                let same =
+                    self.tail_code.as_ref().is_some_and(|last| *last == (at, bytes.to_vec()));
                 self.tail_code = Some((at, bytes.to_vec()));
                 same
             }
