@@ -12,15 +12,18 @@
 mod blame;
 mod body;
 mod bucket;
+mod bug_rules;
 mod facts;
 mod frame;
 mod guilty;
+mod heads;
 mod line;
 mod reader;
 mod report;
 mod rule;
 mod skip;
 mod title;
+mod warning_rules;
 
 pub use body::Corruption;
 pub use frame::Frame;

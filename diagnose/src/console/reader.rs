@@ -9,9 +9,10 @@ use memchr::{memchr, memchr_iter, memmem, memrchr};
 
 use super::blame;
 use super::body::{self, Corruption, Entry};
+use super::heads::HEADS;
 use super::line::{self, Caller, Line, Origin};
 use super::report::Report;
-use super::rule::{HEADS, Head, Pick, Place, Rule, in_order};
+use super::rule::{Head, Pick, Place, Rule, in_order};
 use super::{bucket, facts, guilty, title};
 
 /// Lines of one report at most.
