@@ -13,6 +13,7 @@
 #include <linux/fs.h>
 #include <linux/ioctl.h>
 #include <linux/kernel.h>
+#include <linux/miscdevice.h>
 #include <linux/mutex.h>
 #include <linux/preempt.h>
 #include <linux/rcupdate.h>
@@ -77,5 +78,19 @@ static inline ssize_t crash_verdict(const char *wrong, char __user *to, size_t c
 	n = scnprintf(line, sizeof(line), "%s%s\n", wrong ? "bad:" : "ok", wrong ? wrong : "");
 	return simple_read_from_buffer(to, count, at, line, n);
 }
+
+/* The driver's device in /dev: what reading and writing it does. */
+#define CRASH_DEVICE(variable, name_, read_, write_)                            \
+	static const struct file_operations variable##_operations = {           \
+		.owner = THIS_MODULE,                                           \
+		.read = read_,                                                  \
+		.write = write_,                                                \
+	};                                                                      \
+	static struct miscdevice variable = {                                   \
+		.minor = MISC_DYNAMIC_MINOR,                                    \
+		.name = name_,                                                  \
+		.fops = &variable##_operations,                                 \
+		.mode = 0666,                                                   \
+	}
 
 #endif

@@ -43,4 +43,19 @@ static inline int crash_arm(const char __user *from, size_t count)
 	return 0;
 }
 
+/* write() of a device that is for arming only. */
+static __maybe_unused ssize_t crash_arm_write(struct file *file, const char __user *from, size_t count,
+					      loff_t *at)
+{
+	int error = crash_arm(from, count);
+
+	return error ? error : count;
+}
+
+/* @wrong, or that what was armed has not been called. */
+static inline const char *crash_unarmed(const char *wrong)
+{
+	return !wrong && crash_armed[0] ? "did-not-fault" : wrong;
+}
+
 #endif

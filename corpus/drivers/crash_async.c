@@ -53,15 +53,7 @@ static int on_enter(struct kprobe *probe, struct pt_regs *regs)
 	return 0;
 }
 
-static int on_return(struct kretprobe_instance *instance, struct pt_regs *regs)
-{
-	if (due("kretprobe"))
-		MISTAKE(0); /* CRASH: kretprobe */
-	return 0;
-}
-
 static struct kprobe entry_probe = { .symbol_name = "vfs_fsync_range", .pre_handler = on_enter };
-static struct kretprobe return_probe = { .kp.symbol_name = "vfs_statfs", .handler = on_return, .maxactive = 8 };
 
 static void on_rename(void *data, struct task_struct *task, const char *name)
 {
@@ -436,8 +428,6 @@ static int __init callbacks_init(void)
 	if (!error)
 		error = register_kprobe(&entry_probe);
 	if (!error)
-		error = register_kretprobe(&return_probe);
-	if (!error)
 		error = smpboot_register_percpu_thread(&percpu_threads);
 	if (!error)
 		error = cache_register();
@@ -449,7 +439,6 @@ static void __exit callbacks_exit(void)
 	misc_deregister(&control);
 	cache_unregister();
 	smpboot_unregister_percpu_thread(&percpu_threads);
-	unregister_kretprobe(&return_probe);
 	unregister_kprobe(&entry_probe);
 	tracepoint_probe_unregister(rename_point, on_rename, NULL);
 	tracepoint_synchronize_unregister();

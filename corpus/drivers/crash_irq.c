@@ -26,6 +26,10 @@ static bool msi = true;
 module_param(msi, bool, 0444);
 MODULE_PARM_DESC(msi, "message-signalled interrupts instead of the line");
 
+static bool threaded;
+module_param(threaded, bool, 0444);
+MODULE_PARM_DESC(threaded, "all is done in a thread, and the interrupt is masked until then");
+
 struct ring {
 	unsigned long head;
 };
@@ -35,7 +39,9 @@ static struct card {
 	int irq;
 	struct ring *ring;              /* never set: the mistake */
 	spinlock_t lock;
-	int faulty, faulty_locked;      /* interrupts to be handled wrongly */
+	struct mutex mutex;
+	int faulty, faulty_locked, faulty_thread; /* interrupts to be handled wrongly */
+	bool storming;                  /* all of them */
 	struct completion handled;
 } card;
 
@@ -50,6 +56,8 @@ static irqreturn_t card_interrupt(int irq, void *data)
 		c->faulty--;
 		WRITE_ONCE(c->ring->head, status); /* CRASH: irq */
 	}
+	if (c->storming)
+		WRITE_ONCE(c->ring->head, status); /* CRASH: irq-storm */
 	spin_lock(&c->lock);
 	if (c->faulty_locked) {
 		c->faulty_locked--;
@@ -57,6 +65,23 @@ static irqreturn_t card_interrupt(int irq, void *data)
 	}
 	writel(status, c->registers + EDU_IRQ_ACKNOWLEDGE);
 	spin_unlock(&c->lock);
+	complete(&c->handled);
+	return IRQ_HANDLED;
+}
+
+/* The same in a thread, which may sleep. */
+static irqreturn_t card_thread(int irq, void *data)
+{
+	struct card *c = data;
+	u32 status = readl(c->registers + EDU_IRQ_STATUS);
+
+	mutex_lock(&c->mutex);
+	if (c->faulty_thread) {
+		c->faulty_thread--;
+		WRITE_ONCE(c->ring->head, status); /* CRASH: irq-thread */
+	}
+	writel(status, c->registers + EDU_IRQ_ACKNOWLEDGE);
+	mutex_unlock(&c->mutex);
 	complete(&c->handled);
 	return IRQ_HANDLED;
 }
@@ -75,6 +100,10 @@ static ssize_t card_write(struct file *file, const char __user *from, size_t cou
 		c->faulty = 1;
 	else if (!strcmp(name, "irq-spinlock"))
 		c->faulty_locked = 1;
+	else if (!strcmp(name, "irq-storm"))
+		c->storming = true;
+	else if (!strcmp(name, "irq-thread"))
+		c->faulty_thread = 1;
 	else
 		return -EINVAL;
 	writel(1, c->registers + EDU_IRQ_RAISE);
@@ -106,6 +135,10 @@ static ssize_t card_read(struct file *file, char __user *to, size_t count, loff_
 	}
 	if (!wrong && !free)
 		wrong = "spinlock";
+	if (!wrong && !crash_trylock(mutex_trylock(&c->mutex)))
+		wrong = "mutex";
+	else if (!wrong)
+		mutex_unlock(&c->mutex);
 	return crash_verdict(wrong, to, count, at);
 }
 
@@ -143,7 +176,10 @@ static int card_probe(struct pci_dev *device, const struct pci_device_id *id)
 	if (error < 0)
 		return error;
 	c->irq = pci_irq_vector(device, 0);
-	error = request_irq(c->irq, card_interrupt, msi ? 0 : IRQF_SHARED, "crash_irq", c);
+	if (threaded)
+		error = request_threaded_irq(c->irq, NULL, card_thread, IRQF_ONESHOT, "crash_irq", c);
+	else
+		error = request_irq(c->irq, card_interrupt, msi ? 0 : IRQF_SHARED, "crash_irq", c);
 	if (error)
 		pci_free_irq_vectors(device);
 	return error;
@@ -174,6 +210,7 @@ static int __init card_init(void)
 	int error;
 
 	spin_lock_init(&card.lock);
+	mutex_init(&card.mutex);
 	init_completion(&card.handled);
 	error = pci_register_driver(&card_driver);
 	if (error)

@@ -88,6 +88,9 @@ static const char *const splats[] = {
 	"invalid opcode", "divide error", "self-detected stall", "possible recursive locking",
 };
 
+/* What the block layer says of the corpus' own disks, whose requests are meant to fail. */
+static const char expected[] = "dev crash_";
+
 /* splats: how many lines of the kernel log tell of trouble, and the first of them. */
 void command_splats(struct answer *a, int argc, char **argv)
 {
@@ -101,6 +104,8 @@ void command_splats(struct answer *a, int argc, char **argv)
 		return;
 	}
 	for (char *line = strtok_r(log, "\n", &state); line; line = strtok_r(NULL, "\n", &state)) {
+		if (strstr(line, expected))
+			continue;
 		for (size_t i = 0; i < sizeof(splats) / sizeof(splats[0]); i++) {
 			if (!strstr(line, splats[i]))
 				continue;

@@ -24,6 +24,17 @@ pub(crate) const RULES: &[Rule] = &[
     ),
     // net/netfilter/core.c.
     fixed("nf_hook_slow", Fixed::Number(0, "NF_DROP", "the packet is dropped, as by a rule"), None),
+    // block/blk-mq.c: the request waits for as long again.
+    typed("blk_mq_rq_timed_out", &[("blk_mq_ops", "timeout")]),
+    typed("blk_mq_handle_expired", &[("blk_mq_ops", "timeout")]),
+    typed("blk_mq_check_expired", &[("blk_mq_ops", "timeout")]),
+    // block/bdev.c, block/ioctl.c. Since v6.5 blkdev_put_whole() and bdev_release(), before it blkdev_put_whole().
+    typed("blkdev_get_whole", &[("block_device_operations", "open")]),
+    typed("blkdev_put_whole", &[("block_device_operations", "release")]),
+    typed("blkdev_ioctl", &[("block_device_operations", "ioctl")]),
+    typed("compat_blkdev_ioctl", &[("block_device_operations", "compat_ioctl")]),
+    // kernel/cpu.c: an error of what is called on the way up takes the steps before it back.
+    typed("cpuhp_invoke_callback", &[("cpuhp_step", "startup.single")]),
     // kernel/async.c.
     fixed("async_run_entry_fn", Fixed::Nothing, Some(true)),
     // kernel/rcu/srcutree.c.
@@ -48,6 +59,13 @@ pub(crate) const RULES: &[Rule] = &[
     fixed("__submit_bio", BIO, None),
     fixed("__submit_bio_noacct", BIO, None),
     fixed("submit_bio_noacct_nocheck", BIO, None),
+    // block/bio.c, block/blk-mq.c: who is told here that I/O is over has to tell others.
+    fixed("bio_endio", BIO, None),
+    fixed("blk_complete_reqs", BIO, None),
+    fixed("blk_mq_complete_request", BIO, None),
+    fixed("blk_mq_complete_request_remote", BIO, None),
+    fixed("__blk_mq_complete_request_remote", BIO, None),
+    fixed("__blk_mq_end_request", BIO, None),
     // drivers/base/dd.c, drivers/base/bus.c.
     typed("device_remove", &[("bus_type", "remove")]),
     typed("drv_attr_store", &[("driver_attribute", "store")]),
@@ -64,29 +82,25 @@ const EXIT: Fixed = Fixed::Never(
 );
 const BIO: Fixed = Fixed::Never("the I/O would never end, and it is waited for without end");
 
-/// Preempt counts with which a function calls drivers in task context, where that is part of its contract.
-const PREEMPT_COUNTS: &[(&str, &[i64])] = &[
-    // net/core/dev.c: bottom halves are off (rcu_read_lock_bh(), local_bh_disable()), and the queue's lock
-    // is held unless the device does its own locking (HARD_TX_LOCK()).
-    ("dev_hard_start_xmit", &[0x200, 0x201]),
-    ("__dev_direct_xmit", &[0x200, 0x201]),
-    ("netdev_start_xmit", &[0x200, 0x201]),
-];
+/// Functions that hand a packet to a network driver, net/core/dev.c: bottom halves are off there
+/// (`rcu_read_lock_bh()`, `local_bh_disable()`), and a lock of the queue is held unless the device does its own
+/// locking (`HARD_TX_LOCK()`). Which of the two, `transmit.rs` finds out.
+const SENDERS: &[&str] = &["dev_hard_start_xmit", "__dev_direct_xmit", "netdev_start_xmit"];
 
-/// The preempt counts with which `function` may call a driver; empty if that is not known.
-pub(crate) fn preempt_counts(function: &str) -> &'static [i64] {
-    PREEMPT_COUNTS.iter().find(|(name, _)| *name == function).map_or(&[], |(_, counts)| counts)
+/// Whether a function hands packets to a network driver.
+pub(crate) fn sends_packets(function: &str) -> bool {
+    SENDERS.contains(&function)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::preempt_counts;
+    use super::sends_packets;
     use crate::boundaries::{Fixed, rule};
 
     #[test]
-    fn packets_are_sent_with_bottom_halves_off() {
-        assert!(preempt_counts("dev_hard_start_xmit").contains(&0x201));
-        assert!(preempt_counts("vfs_write").is_empty());
+    fn senders_are_known() {
+        assert!(sends_packets("dev_hard_start_xmit"));
+        assert!(!sends_packets("vfs_write"));
     }
 
     #[test]

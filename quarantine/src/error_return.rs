@@ -11,7 +11,7 @@ use crate::action::{Action, SavedWord, saved_name};
 use crate::boundaries::{Rule, rule};
 use crate::counts::{self, COUNT_BITS, on_off};
 use crate::plan::{Situation, Steps};
-use crate::{Policy, Reason, callbacks, locks, values};
+use crate::{Policy, Reason, callbacks, locks, transmit, values};
 
 /// Nested-task flag (bit 14) and resume flag (bit 16) in rflags, Intel SDM 1 3.4.3: an `iret` must
 /// not find the first, and the second belongs to the faulting instruction.
@@ -49,7 +49,7 @@ pub(crate) fn steps(situation: &Situation<'_>, policy: &Policy) -> Result<Steps,
     let actions =
         locks::release_calls(diagnosis, &boundary.effects, situation.image, situation.memory)?;
     let mut steps = Steps { actions, notes: Vec::new() };
-    let outer = outer_effects(diagnosis, boundary);
+    let outer = outer_effects(situation, boundary);
     counts::check_rcu(&diagnosis.context, &boundary.effects, &outer)?;
     let (count, note) = counts::preempt_count(
         &diagnosis.context,
@@ -75,18 +75,15 @@ pub(crate) fn steps(situation: &Situation<'_>, policy: &Policy) -> Result<Steps,
     Ok(steps)
 }
 
-/// What the frames that stay hold. Where code analysis could not tell and the caller is known to call
-/// drivers with such a preempt count, that count is taken for theirs.
-fn outer_effects(diagnosis: &Diagnosis, boundary: &Boundary) -> FrameEffects {
+/// What the frames that stay hold. Where code analysis could not tell and the caller is one that sends packets,
+/// the device tells.
+fn outer_effects(situation: &Situation<'_>, boundary: &Boundary) -> FrameEffects {
     let mut outer = boundary.outer.clone();
-    let base = diagnosis.context.preempt_count.and_then(|count| {
-        i64::from(count & COUNT_BITS).checked_sub(boundary.effects.preempt_delta)
-    });
-    if let Some(base) = base
-        && !outer.undetermined.is_empty()
-        && callbacks::preempt_counts(&boundary.function).contains(&base)
+    if !outer.undetermined.is_empty()
+        && callbacks::sends_packets(&boundary.function)
+        && let Some(count) = transmit::preempt_count(situation, boundary)
     {
-        outer.preempt_delta = base;
+        outer.preempt_delta = count;
     }
     outer
 }
@@ -465,17 +462,22 @@ mod tests {
 
     #[test]
     fn a_transmitting_caller_keeps_its_counts() {
-        let scene = Scene::new();
-        let mut diagnosis = scene.diagnosis();
-        diagnosis.context.preempt_count = Some(0x201);
-        let boundary = diagnosis.boundary.as_mut().unwrap();
-        boundary.outer.undetermined.push(boundary.frame);
-        assert!(matches!(run(&scene, &diagnosis), Err(Reason::PreemptMismatch { .. })));
-        diagnosis.boundary.as_mut().unwrap().function = "dev_hard_start_xmit".to_owned();
-        let steps = run(&scene, &diagnosis).unwrap();
-        assert!(!steps.actions.iter().any(|action| matches!(action, Action::WriteWord { .. })));
-        diagnosis.context.preempt_count = Some(0x202);
-        assert!(matches!(run(&scene, &diagnosis), Err(Reason::PreemptMismatch { .. })));
+        for (own_locking, kept, refused) in [(0, 0x201, 0x200), (1, 0x200, 0x201)] {
+            let mut scene = Scene::new();
+            let mut diagnosis = scene.diagnosis();
+            let boundary = diagnosis.boundary.as_mut().unwrap();
+            boundary.outer.undetermined.push(boundary.frame);
+            diagnosis.context.preempt_count = Some(kept);
+            assert!(matches!(run(&scene, &diagnosis), Err(Reason::PreemptMismatch { .. })));
+            diagnosis.boundary.as_mut().unwrap().function = "dev_hard_start_xmit".to_owned();
+            assert!(matches!(run(&scene, &diagnosis), Err(Reason::PreemptMismatch { .. })));
+            scene.sends_packets(&mut diagnosis, own_locking);
+            let steps = run(&scene, &diagnosis).unwrap();
+            let writes = |action: &Action| matches!(action, Action::WriteWord { .. });
+            assert!(!steps.actions.iter().any(writes));
+            diagnosis.context.preempt_count = Some(refused);
+            assert!(matches!(run(&scene, &diagnosis), Err(Reason::PreemptMismatch { .. })));
+        }
     }
 
     #[test]

@@ -28,6 +28,7 @@ mod strikes;
 mod testing;
 mod text;
 mod text_retry;
+mod transmit;
 mod values;
 mod warning;
 

@@ -75,6 +75,9 @@ impl FakeTypes {
             ("irqaction", "handler", 0, 8),
             ("irqaction", "thread_fn", 8, 8),
             ("irqaction", "next", 16, 8),
+            ("net_device", "netdev_ops", 0x18, 8),
+            ("net_device", "features", 0x28, 8),
+            ("net_device_ops", "ndo_start_xmit", 0x10, 8),
         ] {
             types.members.insert((structure, path), (offset, size));
         }
@@ -87,6 +90,7 @@ impl FakeTypes {
             ("HRTIMER_RESTART", 1),
             ("VM_FAULT_SIGBUS", 2),
             ("NETDEV_TX_OK", 0),
+            ("NETIF_F_LLTX_BIT", 0),
         ]);
         let ssize = int("ssize_t", 8, true);
         let number = int("int", 4, true);
@@ -353,6 +357,17 @@ impl Scene {
             link = action + 16;
         }
         self.lines += 1;
+    }
+
+    /// A device whose packets the driver's entry sends, in a register of the caller; gives its address.
+    pub(crate) fn sends_packets(&mut self, diagnosis: &mut Diagnosis, features: u64) -> GuestVirt {
+        let (device, operations) = (DATA + 0x600, DATA + 0x680);
+        self.set_member("net_device", "netdev_ops", device, operations.0);
+        self.set_member("net_device", "features", device, features);
+        self.set_member("net_device_ops", "ndo_start_xmit", operations, MODULE_TEXT.0);
+        let caller = diagnosis.boundary.as_ref().map_or(0, |boundary| boundary.frame);
+        diagnosis.frames[caller].registers.set(Reg::Rbx, device.0);
+        device
     }
 
     /// A NULL dereference in `toy_write`, called by `vfs_write`, that holds nothing.

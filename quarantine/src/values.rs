@@ -160,6 +160,9 @@ fn by_type(
                 "NETDEV_TX_OK",
                 "the packet is lost; NETDEV_TX_BUSY would send it again at once",
             ),
+            "blk_eh_timer_return" => {
+                enumerator(types, "BLK_EH_RESET_TIMER", "the request waits for as long again")
+            }
             _ => Err(refused()),
         },
         _ => Err(refused()),

@@ -49,6 +49,8 @@ const SOURCES: &[Source] = sources![
     "crash_bind.c",
     "crash_fs.c",
     "crash_text.c",
+    "crash_block.c",
+    "crash_cpu.c",
 ];
 
 /// One driver, built.

@@ -1,7 +1,7 @@
 //! The kinds of report whose line has `WARNING:`, `INFO:` or `Kernel panic`. Those with `BUG:` are in
 //! `bug_rules.rs`.
 
-use super::rule::{BASE, Pick, Place, Rule, Word, bare, fault, lock, lost, trace, warning};
+use super::rule::{BASE, Pick, Place, Rule, Word, bare, lock, lost, trace, warning};
 use super::skip::Name;
 use super::skip::Name::Has;
 use crate::CrashClass;

@@ -2,8 +2,8 @@
 
 use crate::scenario::Case;
 use crate::scenario::Class::NullDereference;
-use crate::scenario::Context::Hardirq;
-use crate::scenario::Resource::Spinlock;
+use crate::scenario::Context::{Hardirq, KernelThread};
+use crate::scenario::Resource::{Mutex, Spinlock};
 use crate::scenario::Sight;
 
 const IRQ: &str = "crash_irq";
@@ -21,5 +21,16 @@ pub(super) const CASES: &[Case] = &[
         .with_parameters("msi=0")
         .by("busy", "irq-spinlock")
         .within(Hardirq)
+        .sees(Sight::Returned),
+    // In the interrupt's thread. The line is masked until the thread is done, and must not stay so.
+    Case::new("msi-thread", IRQ, NullDereference, &[Mutex])
+        .with_parameters("threaded=1")
+        .by("busy", "irq-thread")
+        .within(KernelThread)
+        .sees(Sight::Returned),
+    Case::new("intx-thread", IRQ, NullDereference, &[Mutex])
+        .with_parameters("msi=0 threaded=1")
+        .by("busy", "irq-thread")
+        .within(KernelThread)
         .sees(Sight::Returned),
 ];

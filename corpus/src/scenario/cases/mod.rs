@@ -1,10 +1,12 @@
 //! The tables of cases, one a driver.
 
 mod bind;
+mod block;
 mod callback;
 mod chardev;
 mod class;
 mod core;
+mod cpu;
 mod deferred;
 mod fops;
 mod fs;
@@ -39,6 +41,8 @@ const TABLES: &[&[Case]] = &[
     core::CASES,
     class::CASES,
     text::CASES,
+    block::CASES,
+    cpu::CASES,
 ];
 
 /// All cases of the corpus.
