@@ -122,7 +122,13 @@ fn task_base(
     correct: bool,
 ) -> Result<(i64, Note), i64> {
     // The idle task runs with preemption off: init_idle_preempt_count().
-    let wanted = outer.preempt_delta.saturating_add(i64::from(idle));
+    let entered = i64::from(idle);
+    // No frame can take off what it has not added, so where all add up to nothing, none holds anything: neither
+    // those that are left nor those that stay, whatever could not be told of the latter.
+    if base == entered && !outer.undetermined.is_empty() {
+        return Ok((base, None));
+    }
+    let wanted = outer.preempt_delta.saturating_add(entered);
     let surplus = base.saturating_sub(wanted);
     if surplus == 0 {
         return Ok((base, None));
@@ -270,6 +276,24 @@ mod tests {
             count(Task, 0x1_0000, &[], &[], true),
             Err(Reason::PreemptMismatch { .. })
         ));
+    }
+
+    #[test]
+    fn a_count_of_nothing_needs_no_explanation() {
+        // What a frame gives back was taken by another, of which nothing could be told.
+        let mut outer = effects(&[]);
+        outer.preempt_delta = -1;
+        let count = |raw, idle, outer: &FrameEffects| {
+            let mut task = context(Task, raw);
+            task.idle = idle;
+            preempt_count(&task, &effects(&[]), outer, 0, false).map(|(count, _)| count.target)
+        };
+        assert!(matches!(count(0, false, &outer), Err(Reason::PreemptMismatch { .. })));
+        outer.undetermined.push(9);
+        assert_eq!(count(0x8000_0000, false, &outer), Ok(0));
+        assert_eq!(count(1, true, &outer), Ok(1));
+        assert!(matches!(count(1, false, &outer), Err(Reason::PreemptMismatch { .. })));
+        assert!(matches!(count(0x200, false, &outer), Err(Reason::PreemptMismatch { .. })));
     }
 
     #[test]
