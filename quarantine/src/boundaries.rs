@@ -297,6 +297,12 @@ pub(crate) const STACK_LINKED: &[(&str, &str)] = &[
     ("do_msgrcv", "a message queue"),
 ];
 
+/// Functions after whose panic going on makes no sense, and why.
+pub(crate) const HOPELESS: &[(&str, &str)] = &[
+    // mm/oom_kill.c: vm.panic_on_oom, or nobody is left who could be killed.
+    ("out_of_memory", "memory has run out, and whatever went on would ask for more at once"),
+];
+
 /// A variable that a function changes for as long as it runs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LeftBehind {

@@ -8,7 +8,7 @@ use guest::{
 use repair_image::{RepairImage, base_name};
 
 use crate::action::{Action, SavedWord, saved_name};
-use crate::boundaries::{Rule, rule};
+use crate::boundaries::{HOPELESS, Rule, rule};
 use crate::counts::{self, COUNT_BITS, on_off};
 use crate::plan::{Situation, Steps};
 use crate::{Policy, Reason, callbacks, locks, transmit, values};
@@ -88,7 +88,17 @@ fn outer_effects(situation: &Situation<'_>, boundary: &Boundary) -> FrameEffects
     outer
 }
 
+/// Refuses what would only be met again at once.
+pub(crate) fn check_hope(diagnosis: &Diagnosis) -> Result<(), Reason> {
+    let names = diagnosis.frames.iter().filter_map(|frame| frame.function.as_deref());
+    let mut found = names.filter_map(|name| HOPELESS.iter().find(|it| it.0 == base_name(name)));
+    found.next().map_or(Ok(()), |(function, why)| {
+        Err(Reason::NotReturnable { function: (*function).to_owned(), why: (*why).to_owned() })
+    })
+}
+
 fn check_context(diagnosis: &Diagnosis) -> Result<(), Reason> {
+    check_hope(diagnosis)?;
     if diagnosis.context.kind == ExecutionContext::Nmi {
         return Err(Reason::Context { context: "non-maskable interrupt" });
     }
@@ -478,6 +488,14 @@ mod tests {
             diagnosis.context.preempt_count = Some(refused);
             assert!(matches!(run(&scene, &diagnosis), Err(Reason::PreemptMismatch { .. })));
         }
+    }
+
+    #[test]
+    fn without_memory_nothing_goes_on() {
+        let scene = Scene::new();
+        let mut diagnosis = scene.diagnosis();
+        diagnosis.frames[0].function = Some("out_of_memory".to_owned());
+        assert!(matches!(run(&scene, &diagnosis), Err(Reason::NotReturnable { .. })));
     }
 
     #[test]

@@ -37,6 +37,7 @@ const MUST_BE_ZERO: &[(&str, &str)] = &[
 /// The steps that end the process.
 pub(crate) fn steps(situation: &Situation<'_>, policy: &Policy) -> Result<Steps, Reason> {
     let diagnosis = situation.diagnosis;
+    error_return::check_hope(diagnosis)?;
     let task = process(diagnosis, policy)?;
     let structures = Structures { image: situation.image, memory: situation.memory };
     check_task(&structures, task.at)?;

@@ -297,7 +297,7 @@ impl GuestLayer {
         let known: Vec<_> =
             known.map(|(module, known)| (module.clone(), Arc::clone(known))).collect();
         let knowledge = modules.iter().map(|module| {
-            let kept = known.iter().find(|(before, _)| before == module);
+            let kept = known.iter().find(|(before, _)| module.has_code_of(before));
             kept.map(|(_, knowledge)| Arc::clone(knowledge)).unwrap_or_else(|| {
                 Arc::new(knowledge_from_memory(space, types, module, btf.get(&module.at)))
             })

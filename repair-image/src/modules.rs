@@ -62,6 +62,20 @@ pub struct LoadedModule {
     pub build_id: Option<BuildId>,
 }
 
+impl LoadedModule {
+    /// Whether what is known of the other's code holds for this one: it is the same code at the same place, in
+    /// another part of its life perhaps.
+    pub(crate) fn has_code_of(&self, other: &Self) -> bool {
+        let place = |module: &Self| (module.at, module.text.clone(), module.ranges.clone());
+        let whose = |module: &Self| (module.name.clone(), module.build_id);
+        self == other
+            || self.build_id.is_some()
+                && whose(self) == whose(other)
+                && place(self) == place(other)
+                && self.sections == other.sections
+    }
+}
+
 /// What identifies an entry of the module list: enough to see that the list changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModuleKey {

@@ -207,6 +207,8 @@ pub struct Case {
     pub after: &'static [&'static str],
     /// Whether the diagnosis must name the line.
     pub has_lines: bool,
+    /// Words of the reason for which it has to be refused; `None` when the guest is to be saved.
+    pub refused: Option<&'static str>,
 }
 
 impl Case {
@@ -264,6 +266,7 @@ impl Case {
             waiter_sees: None,
             after: &[],
             has_lines: true,
+            refused: None,
         }
     }
 
@@ -328,6 +331,12 @@ impl Case {
     /// The guard may not have read the driver's file when it faults: symbols alone name the place.
     pub(super) const fn without_lines(mut self) -> Self {
         self.has_lines = false;
+        self
+    }
+
+    /// Nothing may be repaired, for a reason with these words.
+    pub(super) const fn is_refused(mut self, reason: &'static str) -> Self {
+        self.refused = Some(reason);
         self
     }
 

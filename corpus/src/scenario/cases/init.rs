@@ -9,13 +9,11 @@ const INIT: &str = "crash_init";
 
 const fn case(name: &'static str, operation: &'static str) -> Case {
     // The shell sees that its child was killed: 128 + SIGKILL.
-    Case::new(name, INIT, NullDereference, &[])
-        .by(operation, name)
-        .ends_process(Sight::Value(137))
-        .without_lines()
+    Case::new(name, INIT, NullDereference, &[]).by(operation, name).ends_process(Sight::Value(137))
 }
 
 pub(super) const CASES: &[Case] = &[
-    case("module-init", "sh:rmmod+crash_init;insmod+/modules/crash_init.ko+when=init"),
+    case("module-init", "sh:rmmod+crash_init;insmod+/modules/crash_init.ko+when=init")
+        .without_lines(),
     case("module-exit", "sh:rmmod+crash_init"),
 ];

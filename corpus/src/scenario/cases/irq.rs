@@ -33,4 +33,10 @@ pub(super) const CASES: &[Case] = &[
         .by("busy", "irq-thread")
         .within(KernelThread)
         .sees(Sight::Returned),
+    // The line stays raised, so the handler faults again at once, until the driver is quarantined.
+    Case::new("intx-storm", IRQ, NullDereference, &[])
+        .with_parameters("msi=0")
+        .by("busy", "irq-storm")
+        .within(Hardirq)
+        .sees(Sight::Returned),
 ];
