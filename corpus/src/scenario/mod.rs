@@ -209,6 +209,8 @@ pub struct Case {
     pub has_lines: bool,
     /// Words of the reason for which it has to be refused; `None` when the guest is to be saved.
     pub refused: Option<&'static str>,
+    /// Whether it comes again until the driver is quarantined, whose device then fails with EIO.
+    pub quarantined: bool,
 }
 
 impl Case {
@@ -267,6 +269,7 @@ impl Case {
             after: &[],
             has_lines: true,
             refused: None,
+            quarantined: false,
         }
     }
 
@@ -337,6 +340,12 @@ impl Case {
     /// Nothing may be repaired, for a reason with these words.
     pub(super) const fn is_refused(mut self, reason: &'static str) -> Self {
         self.refused = Some(reason);
+        self
+    }
+
+    /// It comes again and again, until the driver is quarantined.
+    pub(super) const fn is_quarantined(mut self) -> Self {
+        self.quarantined = true;
         self
     }
 
