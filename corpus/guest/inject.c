@@ -493,7 +493,7 @@ static void look(void)
 {
 	uint64_t before = board->ops;
 
-	usleep(400000);
+	usleep(250000);
 	printf("ops=%llu more=%llu errors=%llu wrong=%llu deaths=%llu state=%c finished=%u error=%.150s harm=%.150s",
 	       (unsigned long long)board->ops, (unsigned long long)(board->ops - before),
 	       (unsigned long long)board->errors, (unsigned long long)board->wrong,

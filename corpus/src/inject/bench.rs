@@ -26,6 +26,8 @@ const FACTS: &str = "facts.json";
 pub(crate) const GO: &str = "exec inject go";
 /// How long the driver's workload runs before the guest is saved.
 const STEADY: Duration = Duration::from_millis(2500);
+/// How long an operation under way may take to end once the workload is held: a frame is waited for 300 ms.
+const HELD: Duration = Duration::from_millis(700);
 /// How often the functions called are looked at.
 const LOOKS: u32 = 12;
 const PAGE: u64 = 4096;
@@ -54,7 +56,7 @@ impl Bench {
         let config = with_target(config, target)?;
         let qemu = build::run(Command::new(&config.qemu).arg("--version"))?;
         let key = cache::Key::default()
-            .add("inject 6")
+            .add("inject 7")
             .add(qemu)
             .add(format!("{config:?} {target:?}"))
             .add_stat(&config.kernel.vmlinuz())?;
@@ -232,6 +234,9 @@ fn make(config: &VmConfig, target: &'static Target, dir: &Path) -> Result<()> {
     if look.number("more")? == 0 || look.number("wrong")? != 0 || look.number("errors")? != 0 {
         return Err(not_ready(target, look.text()));
     }
+    // Nothing may be under way in the saved guest: a frame that a slow restore delays would count as lost.
+    shell(&mut vm, target, "inject hold")?;
+    thread::sleep(HELD);
     let text =
         shell(&mut vm, target, &format!("cat /sys/module/{}/sections/.text", target.module))?;
     let taken = Snapshot::take(vm, dir)?;

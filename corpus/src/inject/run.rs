@@ -19,9 +19,9 @@ const ARM_LIMIT: Duration = Duration::from_secs(120);
 const WAKE_LIMIT: Duration = Duration::from_secs(10);
 const GO_LIMIT: Duration = Duration::from_secs(3);
 /// How long the changed driver is used.
-const USE: Duration = Duration::from_millis(2000);
+const USE: Duration = Duration::from_millis(1200);
 /// How much longer after a repair.
-const USE_AFTER: Duration = Duration::from_millis(1500);
+const USE_AFTER: Duration = Duration::from_millis(1000);
 /// How long a guest may take to answer before it counts as silent.
 const ANSWER_LIMIT: Duration = Duration::from_secs(8);
 /// How long a stop of the driver's workload is waited for, in milliseconds.
