@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::Outcome;
 use crate::cli::{CorpusAction, CorpusArguments, LabArguments, On, RunArguments};
+use crate::signals::end_lab_on_signals;
 use crate::{injections, sitting};
 
 /// Runs `defib corpus`.
@@ -27,6 +28,7 @@ use crate::{injections, sitting};
 /// # Errors
 /// When a case is unknown or the lab can't be set up.
 pub fn run(arguments: &CorpusArguments) -> Result<Outcome> {
+    end_lab_on_signals()?;
     match &arguments.action {
         CorpusAction::List => list(),
         CorpusAction::Run(arguments) => {
@@ -108,6 +110,7 @@ fn campaign(arguments: &RunArguments, kernel: &Kernel, stand: &Stand) -> Result<
         can
     });
     let root = tempfile::tempdir().context("folder for incidents")?;
+    let _temporary = corpus::lab::temporary(root.path());
     let guard = guard_config(kernel, root.path())?;
     let next = AtomicUsize::new(0);
     let verdicts = Mutex::new(Vec::new());

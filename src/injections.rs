@@ -35,6 +35,7 @@ pub fn run(arguments: &InjectArguments) -> Result<Outcome> {
         benches.push(bench);
     }
     let root = tempfile::tempdir().context("folder for incidents")?;
+    let _temporary = corpus::lab::temporary(root.path());
     let guard = guard_config(&kernel, root.path())?;
     let mut done = Vec::new();
     for index in arguments.from..arguments.from.saturating_add(arguments.count) {

@@ -22,6 +22,7 @@ pub fn run(arguments: &SittingArguments) -> Result<Outcome> {
     let kernel = Kernel::find(&arguments.lab.kernel)?;
     let snapshot = Snapshot::cached(&vm_config(&arguments.lab, &kernel))?;
     let root = tempfile::tempdir().context("folder for incidents")?;
+    let _temporary = corpus::lab::temporary(root.path());
     let policy = root.path().join("policy.toml");
     std::fs::write(&policy, POLICY)
         .with_context(|| format!("cannot write {}", policy.display()))?;

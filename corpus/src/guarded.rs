@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::lab::{Kernel, VmmConfig, VmmGuest, drivers};
+use crate::lab::running;
+use crate::lab::{Kernel, Running, VmmConfig, VmmGuest, drivers};
 use crate::{Error, Result};
 
 /// How long a guard may take to detach after SIGTERM.
@@ -55,6 +56,7 @@ impl GuardConfig {
 /// A running guard. Dropped, it is asked to detach, and killed if it does not.
 pub struct Guard {
     child: Child,
+    _running: Running,
     events: Receiver<Value>,
     stderr: PathBuf,
 }
@@ -70,7 +72,8 @@ impl Guard {
         std::fs::create_dir_all(incidents).map_err(Error::file("cannot make", incidents))?;
         let stderr = incidents.join("guard.log");
         let log = std::fs::File::create(&stderr).map_err(Error::file("cannot write", &stderr))?;
-        let child = Command::new(&config.program)
+        let mut command = Command::new(&config.program);
+        command
             .arg("guard")
             .arg("--json")
             .arg("--qmp")
@@ -80,10 +83,10 @@ impl Guard {
             .args(&config.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(log)
-            .spawn()
+            .stderr(log);
+        let (child, running) = running::start(&mut command, Vec::new())
             .map_err(Error::file("cannot start", &config.program))?;
-        Ok(Self::of(child, stderr))
+        Ok(Self::of(child, running, stderr))
     }
 
     /// Boots a guest in the minimal VMM, whose guard is in its own process. Its messages go to `guard.log` in the
@@ -97,12 +100,12 @@ impl Guard {
         let stderr = incidents.join("guard.log");
         let mut arguments = vec!["--incidents".to_owned(), incidents.display().to_string()];
         arguments.extend(config.arguments.iter().cloned());
-        let (guest, child) = VmmGuest::boot(vmm, &arguments, &stderr)?;
-        Ok((guest, Self::of(child, stderr)))
+        let (guest, child, running) = VmmGuest::boot(vmm, &arguments, &stderr)?;
+        Ok((guest, Self::of(child, running, stderr)))
     }
 
     /// Reads the events of a process that prints them on its stdout.
-    fn of(mut child: Child, stderr: PathBuf) -> Self {
+    fn of(mut child: Child, running: Running, stderr: PathBuf) -> Self {
         let (sender, events) = channel();
         if let Some(stdout) = child.stdout.take() {
             thread::spawn(move || {
@@ -114,7 +117,7 @@ impl Guard {
                 }
             });
         }
-        Self { child, events, stderr }
+        Self { child, _running: running, events, stderr }
     }
 
     /// The process.

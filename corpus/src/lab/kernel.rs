@@ -62,8 +62,12 @@ impl Kernel {
         self.dir.join("modules")
     }
 
-    /// The headers against which its modules are built.
+    /// The headers against which its modules are built: those in the cache, or those that are installed.
     pub fn headers(&self) -> PathBuf {
+        let unpacked = self.dir.join("headers");
+        if unpacked.is_dir() {
+            return unpacked;
+        }
         Path::new("/usr/src").join(format!("linux-headers-{}", self.release))
     }
 }

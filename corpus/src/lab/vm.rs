@@ -23,6 +23,8 @@ use super::disk;
 use super::initramfs;
 use super::kernel::Kernel;
 use super::qmp::Qmp;
+use super::running;
+use super::running::Running;
 use crate::Error;
 use crate::Result;
 
@@ -264,6 +266,8 @@ impl Run {
 #[derive(Debug)]
 pub struct Vm {
     child: Child,
+    /// Goes with this VM, so that one that is left to itself outlives the lab's end.
+    _running: Running,
     run: Option<Run>,
     files: RunFiles,
     agent: Agent,
@@ -293,7 +297,8 @@ impl Vm {
         let messages = files.messages();
         let log = File::create(&messages).map_err(Error::file("create", &messages))?;
         let begin = Instant::now();
-        let mut child = Command::new(&config.qemu)
+        let mut command = Command::new(&config.qemu);
+        command
             .args(config.arguments(&files)?)
             .args(files.channels())
             .args(more)
@@ -301,15 +306,15 @@ impl Vm {
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .map_err(|source| Error::Start {
-                program: config.qemu.display().to_string(),
-                source,
-            })?;
+            .stderr(log);
+        let folders = vec![run.dir.path().to_owned(), run.ram_dir.path().to_owned()];
+        let (mut child, running) = running::start(&mut command, folders).map_err(|source| {
+            Error::Start { program: config.qemu.display().to_string(), source }
+        })?;
         match connect(&mut child, &files) {
             Ok((control, agent)) => Ok(Self {
                 child,
+                _running: running,
                 run: Some(run),
                 files,
                 agent,

@@ -18,6 +18,8 @@ use super::agent::Agent;
 use super::disk;
 use super::initramfs;
 use super::kernel::Kernel;
+use super::running;
+use super::running::Running;
 use crate::Error;
 use crate::Result;
 
@@ -59,17 +61,20 @@ impl VmmGuest {
         config: &VmmConfig,
         guard_arguments: &[String],
         messages: &Path,
-    ) -> Result<(Self, Child)> {
+    ) -> Result<(Self, Child, Running)> {
         let dir = tempfile::Builder::new().prefix("defib-vmm.").tempdir();
         let dir = dir.map_err(Error::file("create a folder in", &std::env::temp_dir()))?;
         disk::create(&dir.path().join("disk.img"), DISK_MIB)?;
         let log = File::create(messages).map_err(Error::file("create", messages))?;
-        let mut child =
-            command(config, dir.path())?.args(guard_arguments).stderr(log).spawn().map_err(
-                |source| Error::Start { program: config.program.display().to_string(), source },
-            )?;
+        let mut command = command(config, dir.path())?;
+        let (mut child, running) =
+            running::start(command.args(guard_arguments).stderr(log), vec![dir.path().to_owned()])
+                .map_err(|source| Error::Start {
+                    program: config.program.display().to_string(),
+                    source,
+                })?;
         match connect(&mut child, &dir.path().join("agent.sock"), messages) {
-            Ok(agent) => Ok((Self { agent, dir }, child)),
+            Ok(agent) => Ok((Self { agent, dir }, child, running)),
             Err(error) => {
                 // Both fail only when it has ended already.
                 let _ = child.kill();
