@@ -2,17 +2,17 @@
 //! What is in the file is `diagnose::live_core`'s.
 
 use std::collections::HashSet;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufWriter, Write};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::{self, JoinHandle};
 
 use diagnose::live_core::{Contents, Limits, Snapshot};
-use guest::{GuestVirt, PhysMemory};
-use quarantine::{Action, Plan};
+use guest::PhysMemory;
 use repair_image::RepairImage;
+
+use crate::whole_file;
 
 /// Name of the file in an incident's folder.
 pub const NAME: &str = "live.core";
@@ -104,25 +104,12 @@ fn make(job: Job) -> Result<(), String> {
     store(&contents, &folder).map_err(|error| error.to_string())
 }
 
-/// Writes the file by rename, so that a reader never sees half of one.
 fn store(contents: &Contents, folder: &Path) -> io::Result<()> {
-    let partial = folder.join("live.core.partial");
-    let mut file = BufWriter::new(File::create(&partial)?);
-    contents.write(&mut file)?;
-    file.flush()?;
-    fs::rename(partial, folder.join(NAME))
-}
-
-/// What a plan writes, guest-virtual: the core shall have it as it was before.
-pub fn writes(plan: &Plan) -> Vec<Range<GuestVirt>> {
-    let range = |action: &Action| match action {
-        Action::WriteWord { at, size, .. } => Some((*at, u64::from(*size))),
-        Action::PatchEntry { at, old, .. } => Some((*at, old.len() as u64)),
-        Action::RewriteSavedRegisters { words, .. } => words.first().map(|word| (word.at, 8)),
-        _ => None,
-    };
-    let ranges = plan.actions.iter().filter_map(range);
-    ranges.map(|(at, size)| at..GuestVirt(at.0.saturating_add(size))).collect()
+    whole_file::replace(&folder.join(NAME), |file| {
+        let mut file = BufWriter::new(file);
+        contents.write(&mut file)?;
+        file.flush()
+    })
 }
 
 #[cfg(test)]

@@ -6,11 +6,10 @@ use std::time::{Duration, Instant};
 use diagnose::live_core::Snapshot;
 use diagnose::{CrashClass, Diagnosis};
 use guest::{Hook, Machine, Registers, Stop};
-use quarantine::{Journal, Plan, Probation, Situation, Vital};
+use quarantine::{Action, Journal, Plan, Probation, Situation, Vital};
 use serde_json::json;
 
 use crate::Error;
-use crate::core_file;
 use crate::error::in_one_line;
 use crate::guard::{Guard, all_registers};
 
@@ -127,7 +126,7 @@ impl<M: Machine> Guard<M> {
         if self.options.incidents.is_some()
             && self.cores.why_not(&diagnosis.signature, limit).is_none()
         {
-            let writes = core_file::writes(plan);
+            let writes: Vec<_> = plan.actions.iter().flat_map(Action::writes).collect();
             let phys = self.machine.phys();
             handled.snapshot = Some(Snapshot::take(image, phys, vcpus, Some(diagnosis), &writes));
             handled.phases.push(("kept for live.core", stopped.elapsed()));

@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::Error;
+use crate::{Error, whole_file};
 
 /// Version of the schema of `incident.json`; raised when a field changes its meaning.
 const SCHEMA: u32 = 1;
@@ -93,14 +93,12 @@ fn unused(folder: &Path) -> PathBuf {
 }
 
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let partial = path.with_extension("partial");
-    let write = || -> std::io::Result<()> {
-        let mut file = fs::File::create(&partial)?;
+    let write = |file: &mut fs::File| {
         file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&partial, path)
+        file.sync_all()
     };
-    write().map_err(|source| Error::IncidentFile { path: path.to_owned(), source })
+    whole_file::replace(path, write)
+        .map_err(|source| Error::IncidentFile { path: path.to_owned(), source })
 }
 
 /// UTC time as RFC 3339, seconds. Days to date after Hinnant's "civil_from_days".

@@ -44,6 +44,7 @@ mod stuck;
 #[cfg(test)]
 mod testing;
 mod watch;
+mod whole_file;
 
 pub use error::{Error, Failed, in_one_line};
 pub use event_lines::EventLines;

@@ -2,6 +2,7 @@
 //! carrying steps out is in `apply.rs`.
 
 use std::fmt;
+use std::ops::Range;
 
 use guest::{GuestVirt, Reg, Registers, Vcpu};
 use serde::{Serialize, Serializer};
@@ -173,6 +174,22 @@ impl Action {
         }
     }
 
+    /// Guest memory that it writes by itself, guest-virtual. What a called function writes is not known here.
+    #[must_use]
+    pub fn writes(&self) -> Vec<Range<GuestVirt>> {
+        let range = |at: GuestVirt, len: usize| at..GuestVirt(at.0.saturating_add(len as u64));
+        match self {
+            Self::WriteWord { at, size, .. } => vec![range(*at, usize::from(*size))],
+            Self::RewriteSavedRegisters { words, .. } => {
+                words.iter().map(|word| range(word.at, size_of_val(&word.new))).collect()
+            }
+            Self::PatchEntry { at, new, .. } | Self::Restore { at, new, .. } => {
+                vec![range(*at, new.len())]
+            }
+            Self::CallGuest { .. } | Self::SetRegisters { .. } => Vec::new(),
+        }
+    }
+
     /// The changed registers, where there are any, one a line.
     pub fn details(&self) -> Vec<String> {
         match self {
@@ -232,4 +249,43 @@ fn hex_list<S: Serializer>(values: &[u64], s: S) -> Result<S::Ok, S::Error> {
 pub(crate) fn hex_bytes<S: Serializer>(bytes: &[u8], s: S) -> Result<S::Ok, S::Error> {
     let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     s.serialize_str(&text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranges(action: &Action) -> Vec<(u64, u64)> {
+        action.writes().iter().map(|range| (range.start.0, range.end.0)).collect()
+    }
+
+    #[test]
+    fn every_saved_register_is_written() {
+        let word = |at| SavedWord { register: "ax", at: GuestVirt(at), old: 0, new: 1 };
+        let words = vec![word(0x1000), word(0x1040)];
+        let why = String::new();
+        let action = Action::RewriteSavedRegisters { at: GuestVirt(0x1000), words, why };
+        assert_eq!(ranges(&action), [(0x1000, 0x1008), (0x1040, 0x1048)]);
+    }
+
+    #[test]
+    fn restored_bytes_are_written_and_ends_do_not_wrap() {
+        let restore = |at| Action::Restore {
+            name: String::new(),
+            at: GuestVirt(at),
+            old: vec![0; 5],
+            new: vec![1; 5],
+            code: true,
+            why: String::new(),
+        };
+        assert_eq!(ranges(&restore(0x2000)), [(0x2000, 0x2005)]);
+        assert_eq!(ranges(&restore(u64::MAX - 1)), [(u64::MAX - 1, u64::MAX)]);
+    }
+
+    #[test]
+    fn a_call_and_registers_write_nothing_by_themselves() {
+        let registers = Registers::unknown();
+        let action = Action::SetRegisters { vcpu: Vcpu(0), registers, why: String::new() };
+        assert!(action.writes().is_empty());
+    }
 }

@@ -48,7 +48,7 @@ pub(crate) fn steps(situation: &Situation<'_>, policy: &Policy) -> Result<Steps,
     let target = target(situation, boundary, rule)?;
     let actions =
         locks::release_calls(diagnosis, &boundary.effects, situation.image, situation.memory)?;
-    let mut steps = Steps { actions, notes: Vec::new() };
+    let mut steps = Steps { actions, ..Steps::default() };
     let outer = outer_effects(situation, boundary);
     counts::check_rcu(&diagnosis.context, &boundary.effects, &outer)?;
     let (count, note) = counts::preempt_count(

@@ -80,6 +80,8 @@ pub(crate) struct Steps {
     pub(crate) actions: Vec<Action>,
     /// What a person should know.
     pub(crate) notes: Vec<String>,
+    /// How the guest goes on after a repair of rung 4.
+    pub(crate) way: Option<text::Way>,
 }
 
 /// What would be done about a crash.
@@ -171,7 +173,7 @@ fn finish(
         actions: steps.actions,
         refused,
         notes: steps.notes,
-        loss: rung.map_or_else(|| "everything".to_owned(), |rung| loss(situation, policy, rung)),
+        loss: rung.map_or_else(|| "everything".to_owned(), |rung| loss(situation, rung, steps.way)),
         vcpu: situation.diagnosis.vcpu,
         preempt_count_at: situation.diagnosis.context.preempt_count_at,
         limit_ms: policy.max_downtime_ms,
@@ -296,8 +298,7 @@ fn not_tried(
     }
 }
 
-fn loss(situation: &Situation<'_>, policy: &Policy, rung: Rung) -> String {
-    let way = (rung == Rung::RepairKernel).then(|| text::Way::of(situation, policy)).flatten();
+fn loss(situation: &Situation<'_>, rung: Rung, way: Option<text::Way>) -> String {
     let rung = match way {
         Some(text::Way::Retry) => return "nothing".to_owned(),
         Some(text::Way::ErrorReturn) => Rung::ReturnError,

@@ -51,7 +51,7 @@ pub(crate) fn steps(situation: &Situation<'_>, policy: &Policy) -> Result<Steps,
         .address_of("do_group_exit")
         .ok_or_else(|| Reason::MissingFunction { name: "do_group_exit".to_owned() })?;
     let actions = locks::release_calls(diagnosis, effects, situation.image, situation.memory)?;
-    let mut steps = Steps { actions, notes: Vec::new() };
+    let mut steps = Steps { actions, ..Steps::default() };
     let outer = diagnose::FrameEffects::default();
     counts::check_rcu(&diagnosis.context, effects, &outer)?;
     let (count, note) = counts::preempt_count(

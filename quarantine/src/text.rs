@@ -31,13 +31,6 @@ pub(crate) enum Way {
     EndProcess,
 }
 
-impl Way {
-    /// How the guest would go on; `None` when it can't.
-    pub(crate) fn of(situation: &Situation<'_>, policy: &Policy) -> Option<Self> {
-        rest(situation, policy).ok().map(|(way, _)| way)
-    }
-}
-
 /// The steps of the repair.
 pub(crate) fn steps(situation: &Situation<'_>, policy: &Policy) -> Result<Steps, Reason> {
     let damage = &situation.diagnosis.damage;
@@ -51,11 +44,10 @@ pub(crate) fn steps(situation: &Situation<'_>, policy: &Policy) -> Result<Steps,
     for piece in damage {
         check(situation, piece)?;
     }
-    let (_, rest) = rest(situation, policy)?;
-    let mut steps = Steps { actions: damage.iter().map(restore).collect(), notes: Vec::new() };
-    steps.actions.extend(rest.actions);
-    steps.notes.extend(rest.notes);
-    Ok(steps)
+    let (way, rest) = rest(situation, policy)?;
+    let mut actions: Vec<_> = damage.iter().map(restore).collect();
+    actions.extend(rest.actions);
+    Ok(Steps { actions, notes: rest.notes, way: Some(way) })
 }
 
 fn restore(piece: &Damage) -> Action {

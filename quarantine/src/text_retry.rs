@@ -46,7 +46,7 @@ pub(crate) fn steps(situation: &Situation<'_>) -> Result<Steps, Reason> {
         Some(CrashClass::ReadOnlyDataCorruption) => of_data(situation, frame, registers)?,
         _ => return Err(no("the damage found does not explain the crash")),
     };
-    Ok(Steps { actions: resume(situation, &registers, why)?, notes })
+    Ok(Steps { actions: resume(situation, &registers, why)?, notes, ..Steps::default() })
 }
 
 /// The way out of the exception. Over the idle task RCU must be told (see `error_return.rs`); otherwise an

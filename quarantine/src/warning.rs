@@ -41,7 +41,7 @@ pub(crate) fn steps(situation: &Situation<'_>) -> Result<Steps, Reason> {
             .to_owned(),
     ];
     let actions = vec![Action::SetRegisters { vcpu: diagnosis.vcpu, registers, why }];
-    Ok(Steps { actions, notes })
+    Ok(Steps { actions, notes, ..Steps::default() })
 }
 
 #[cfg(test)]
