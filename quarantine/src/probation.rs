@@ -15,6 +15,11 @@ const TICK_GAP: Duration = Duration::from_secs(4);
 /// No task switch on any CPU for this long is suspect: even an idle guest has kernel threads that
 /// wake.
 const SWITCH_GAP: Duration = Duration::from_secs(10);
+/// One and the same RCU grace period for this long is suspect: some CPU or reader does not come to its end. The
+/// kernel itself complains after 21 s (`CONFIG_RCU_CPU_STALL_TIMEOUT`), when a probation is over.
+const GRACE_PERIOD: Duration = Duration::from_secs(8);
+/// `RCU_SEQ_STATE_MASK`, kernel/rcu/rcu.h: not zero while a grace period is under way. An idle guest has none.
+const GRACE_UNDER_WAY: u64 = 3;
 
 /// `1 << TAINT_WARN` (Documentation/admin-guide/tainted-kernels.rst: bit 9; never renumbered, as scripts read it).
 const TAINT_WARN: u64 = 1 << 9;
@@ -63,6 +68,8 @@ pub struct Probation {
     ticked: Duration,
     /// Time of the last task switch.
     switched: Duration,
+    /// Time when the RCU grace period last changed, or none was under way.
+    graced: Duration,
     length: Duration,
     begun: Duration,
 }
@@ -78,7 +85,15 @@ impl Probation {
         now: Duration,
     ) -> Self {
         let first = read(image, memory);
-        Self { last: first.clone(), first, ticked: now, switched: now, length, begun: now }
+        Self {
+            last: first.clone(),
+            first,
+            ticked: now,
+            switched: now,
+            graced: now,
+            length,
+            begun: now,
+        }
     }
 
     /// After a warning that was made to go on: its own taint flag, which it sets last, is no new trouble.
@@ -96,12 +111,19 @@ impl Probation {
 
     /// Takes another reading.
     pub fn check(&mut self, image: &RepairImage, memory: &dyn VirtMemory, now: Duration) -> Vital {
-        let signs = read(image, memory);
+        self.take(read(image, memory), now)
+    }
+
+    fn take(&mut self, signs: Signs, now: Duration) -> Vital {
         if signs.jiffies != self.last.jiffies {
             self.ticked = now;
         }
         if signs.switches != self.last.switches {
             self.switched = now;
+        }
+        let waits = signs.grace_period.is_some_and(|period| period & GRACE_UNDER_WAY != 0);
+        if !waits || signs.grace_period != self.last.grace_period {
+            self.graced = now;
         }
         let vital = self.judge(&signs, now);
         self.last = signs;
@@ -124,6 +146,11 @@ impl Probation {
         let gap = now.saturating_sub(self.switched);
         if signs.switches.iter().any(Option::is_some) && gap >= SWITCH_GAP {
             return Vital::suspect(format!("no CPU switched tasks for {} s", gap.as_secs()));
+        }
+        let gap = now.saturating_sub(self.graced);
+        if gap >= GRACE_PERIOD {
+            let gap = gap.as_secs();
+            return Vital::suspect(format!("an RCU grace period has not ended for {gap} s"));
         }
         Vital::Healthy
     }
@@ -193,6 +220,21 @@ mod tests {
         assert!(probation.has_moved());
         assert!(probation.is_over(SECOND * 10));
         assert!(!probation.is_over(SECOND * 9));
+    }
+
+    #[test]
+    fn a_grace_period_that_does_not_end_is_suspect_and_an_idle_rcu_is_not() {
+        let scene = Scene::new();
+        for (period, is_suspect) in [(8, false), (9, true)] {
+            let mut probation = start(&scene);
+            let signs = Signs { grace_period: Some(period), ..Signs::default() };
+            probation.last = signs.clone();
+            assert_eq!(probation.take(signs.clone(), SECOND * 7), Vital::Healthy);
+            let later = probation.take(signs.clone(), SECOND * 8);
+            assert_eq!(matches!(later, Vital::Suspect { .. }), is_suspect, "{period}");
+            let next = Signs { grace_period: Some(period + 4), ..signs };
+            assert_eq!(probation.take(next, SECOND * 9), Vital::Healthy);
+        }
     }
 
     #[test]
