@@ -77,6 +77,11 @@ impl<M: Machine> Guard<M> {
         } else {
             self.resume()?;
         }
+        self.conclude(stop, handled)
+    }
+
+    /// What is done once the guest runs again: it is told and written down, and the guest is watched.
+    pub(crate) fn conclude(&mut self, stop: Stop, mut handled: Handled) -> Result<(), Error> {
         handled.downtime = stop.at.elapsed();
         handled.phases.push(("resumed", handled.downtime));
         self.announce(stop, &handled)?;
@@ -144,7 +149,7 @@ impl<M: Machine> Guard<M> {
     }
 
     /// Counts a crash that was repaired, and watches the guest for a while.
-    pub(crate) fn begin_probation(&mut self, handled: &Handled) -> Result<(), Error> {
+    fn begin_probation(&mut self, handled: &Handled) -> Result<(), Error> {
         let rung = handled.plan.as_ref().and_then(|plan| plan.rung);
         let (End::Repaired, Some(diagnosis), Some(rung)) = (&handled.end, &handled.diagnosis, rung)
         else {

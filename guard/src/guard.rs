@@ -218,7 +218,7 @@ impl<M: Machine> Guard<M> {
         if !self.watch.is_time_to_look() {
             return Ok(());
         }
-        let vcpus = self.standing(|machine| all_registers(machine))?;
+        let vcpus = self.standing(|guard| all_registers(&mut guard.machine))?;
         let Ok(session) = self.session.begin_again(self.machine.phys(), &vcpus) else {
             return Ok(());
         };
@@ -249,21 +249,19 @@ impl<M: Machine> Guard<M> {
 
     /// Arms the hooks with the guest standing for that moment.
     pub(crate) fn arm(&mut self) -> Result<(), Error> {
+        self.standing(|guard| guard.arm_with(None))?;
         let places = self.session.hooks();
-        self.standing(|machine| Ok(hooks(machine)?.arm(&places)?))?;
         let names: Vec<_> = places.iter().map(|hook| hook.kind.function()).collect();
         self.say("armed", json!({ "hooks": places }), &format!("armed: {}", names.join(", ")))
     }
 
     /// Does `work` while the guest stands, and lets it run on if it ran.
-    fn standing<T>(&mut self, work: impl FnOnce(&mut M) -> Result<T, Error>) -> Result<T, Error> {
-        let control = control(&mut self.machine)?;
-        let ran = control.is_running();
-        if ran {
-            self.held = true;
-            control.stop()?;
-        }
-        let result = work(&mut self.machine);
+    fn standing<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let ran = self.halt()?;
+        let result = work(self);
         if ran {
             self.resume()?;
         }

@@ -284,11 +284,7 @@ impl<M: Machine> Guard<M> {
             self.stuck.refused.insert(0, call);
         }
         self.resume()?;
-        handled.downtime = stopped.elapsed();
-        handled.phases.push(("resumed", handled.downtime));
-        self.announce(stop, &handled)?;
-        self.record(&mut handled)?;
-        self.begin_probation(&handled)
+        self.conclude(stop, handled)
     }
 }
 
