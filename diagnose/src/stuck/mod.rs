@@ -106,7 +106,9 @@ pub struct Found {
 }
 
 /// Finds the cause among the vCPUs `suspects`, whose registers are in `vcpus` by number. A CPU that waits for a
-/// lock is a cause only if its own frames hold the lock, or if it is part of a circle.
+/// lock is a cause only if its own frames hold the lock, or if it is part of a circle. CPUs that are not suspect are
+/// never called the cause, but may be what closes a circle: nobody may want a CPU that stands, so it can take long
+/// until it is suspect, too.
 ///
 /// # Errors
 /// None of them can be called the cause; the reason is the first one's.
@@ -119,19 +121,37 @@ pub fn find(
 ) -> Result<Found, NotStuck> {
     cache.look_again();
     let space = image.placement.space(phys);
+    let mut look = |vcpu: Vcpu, registers: &Registers| {
+        Spot::look(&Kernel::new(image, &space, registers), registers, vcpu, cache)
+    };
     let mut spots = Vec::new();
     let mut first = None;
     for &vcpu in suspects {
         let Some(registers) = vcpus.get(vcpu.0) else { continue };
-        let kernel = Kernel::new(image, &space, registers);
-        match Spot::look(&kernel, registers, vcpu, cache) {
+        match look(vcpu, registers) {
             Ok(spot) => spots.push(spot),
             Err(why) => first = first.or(Some(why)),
         }
     }
+    let suspected = spots.len();
+    let mut interrupted = false;
+    // Who waits for nobody is the cause already.
+    if spots.iter().all(|spot| spot.awaits.is_some()) && suspected > 0 {
+        let others = vcpus.iter().enumerate().map(|(index, it)| (Vcpu(index), it));
+        for (vcpu, registers) in others.filter(|(vcpu, _)| !suspects.contains(vcpu)) {
+            match look(vcpu, registers) {
+                Ok(spot) => spots.push(spot),
+                Err(why) => interrupted |= why == NotStuck::Interrupted,
+            }
+        }
+    }
     let awaits: Vec<_> = spots.iter().map(|spot| spot.awaits).collect();
     let holder = |lock| spots.iter().position(|spot| spot.holds(lock));
-    let (index, cause) = cause(&awaits, holder).map_err(|why| first.unwrap_or(why))?;
+    let (index, cause) = cause(&awaits, suspected, holder).map_err(|why| match why {
+        // The holder may be the one that serves an interrupt now.
+        NotStuck::UnknownHolder { .. } if interrupted => NotStuck::Interrupted,
+        why => first.unwrap_or(why),
+    })?;
     if index >= spots.len() {
         return Err(NotStuck::Unknown);
     }
@@ -151,16 +171,17 @@ enum Cause {
     Circle,
 }
 
-/// Which one is the cause, and why: from what each waits for and who is seen to hold it.
+/// Which of the first `suspected` is the cause, and why: from what each waits for and who is seen to hold it.
 fn cause(
     awaits: &[Option<GuestVirt>],
+    suspected: usize,
     holder: impl Fn(GuestVirt) -> Option<usize>,
 ) -> Result<(usize, Cause), NotStuck> {
-    if let Some(index) = awaits.iter().position(Option::is_none) {
+    if let Some(index) = awaits.iter().take(suspected).position(Option::is_none) {
         return Ok((index, Cause::Loop));
     }
     let mut unknown = None;
-    for (start, lock) in awaits.iter().enumerate() {
+    for (start, lock) in awaits.iter().enumerate().take(suspected) {
         let Some(lock) = *lock else { continue };
         let mut next = holder(lock);
         unknown = unknown.or(next.is_none().then_some(lock));
@@ -246,25 +267,37 @@ mod tests {
 
     #[test]
     fn whoever_waits_for_nobody_is_the_cause() {
-        let found = cause(&[Some(A), None], |_| Some(1));
+        let found = cause(&[Some(A), None], 2, |_| Some(1));
         assert_eq!(found, Ok((1, Cause::Loop)));
     }
 
     #[test]
     fn a_lock_taken_twice_is_told_from_a_circle() {
-        assert_eq!(cause(&[Some(A)], |_| Some(0)), Ok((0, Cause::Itself)));
+        assert_eq!(cause(&[Some(A)], 1, |_| Some(0)), Ok((0, Cause::Itself)));
         let holder = |lock| Some(usize::from(lock == A));
-        assert_eq!(cause(&[Some(A), Some(B)], holder), Ok((0, Cause::Circle)));
+        assert_eq!(cause(&[Some(A), Some(B)], 2, holder), Ok((0, Cause::Circle)));
         // The first only waits for the second, which waits for itself.
-        assert_eq!(cause(&[Some(A), Some(A)], |_| Some(1)), Ok((1, Cause::Itself)));
+        assert_eq!(cause(&[Some(A), Some(A)], 2, |_| Some(1)), Ok((1, Cause::Itself)));
+    }
+
+    #[test]
+    fn a_cpu_that_is_not_suspect_closes_a_circle_and_is_never_the_cause() {
+        let holder = |lock| Some(usize::from(lock == A));
+        assert_eq!(cause(&[Some(A), Some(B)], 1, holder), Ok((0, Cause::Circle)));
+        // It may give the lock back any moment: it waits for nobody, or for somebody unseen.
+        assert_eq!(cause(&[Some(A), None], 1, |_| Some(1)), Err(NotStuck::Unknown));
+        let holder = |lock| (lock == A).then_some(1);
+        assert_eq!(cause(&[Some(A), Some(B)], 1, holder), Err(NotStuck::Unknown));
+        // A circle of others that does not pass the suspect.
+        assert_eq!(cause(&[Some(A), Some(A)], 1, |_| Some(1)), Err(NotStuck::Unknown));
     }
 
     #[test]
     fn nobody_is_the_cause_when_the_holder_is_not_seen() {
         let unknown = Err(NotStuck::UnknownHolder { lock: A });
-        assert_eq!(cause(&[Some(A)], |_| None), unknown);
+        assert_eq!(cause(&[Some(A)], 1, |_| None), unknown);
         let holder = |lock| (lock == B).then_some(0);
-        assert_eq!(cause(&[Some(A), Some(B)], holder), unknown);
-        assert_eq!(cause(&[], |_| None), Err(NotStuck::Unknown));
+        assert_eq!(cause(&[Some(A), Some(B)], 2, holder), unknown);
+        assert_eq!(cause(&[], 0, |_| None), Err(NotStuck::Unknown));
     }
 }
