@@ -338,13 +338,13 @@ impl Case {
     }
 
     /// Nothing may be repaired, for a reason with these words.
-    pub(super) const fn is_refused(mut self, reason: &'static str) -> Self {
+    pub(super) const fn refused_for(mut self, reason: &'static str) -> Self {
         self.refused = Some(reason);
         self
     }
 
     /// It comes again and again, until the driver is quarantined.
-    pub(super) const fn is_quarantined(mut self) -> Self {
+    pub(super) const fn quarantines(mut self) -> Self {
         self.quarantined = true;
         self
     }

@@ -31,7 +31,7 @@ pub(super) const CASES: &[Case] = &[
         .by("read:/dev/crash_disk", "queue-rq-started")
         .sees(Sight::Value(64)),
     // Whether the bio is on its way somewhere is not known: to end it may end it twice.
-    case("submit-bio", "read:/dev/crash_bios").is_refused("the I/O would never end"),
+    case("submit-bio", "read:/dev/crash_bios").refused_for("the I/O would never end"),
     case("disk-open", "open:/dev/crash_disk"),
     case("disk-release", "close:/dev/crash_disk").sees(Sight::Value(0)),
     case("disk-ioctl", "ioctl:/dev/crash_disk"),

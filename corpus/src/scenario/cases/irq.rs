@@ -39,5 +39,5 @@ pub(super) const CASES: &[Case] = &[
         .by("busy", "irq-storm")
         .within(Hardirq)
         .sees(Sight::Returned)
-        .is_quarantined(),
+        .quarantines(),
 ];
