@@ -294,6 +294,27 @@ static void set_mtu(const char *name, int mtu)
 	close(s);
 }
 
+/* Waits until a link carries again: the kernel tells of links once a second at most (linkwatch_schedule_work()). */
+static void await_link(const char *name)
+{
+	long long end = now_ms() + 1500;
+	char path[96], state[32];
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/sys/class/net/%s/operstate", name);
+	do {
+		state[0] = 0;
+		f = fopen(path, "re");
+		if (f && !fgets(state, sizeof(state), f))
+			state[0] = 0;
+		if (f)
+			fclose(f);
+		if (!strstr(state, "down"))
+			return;
+		usleep(10000);
+	} while (now_ms() < end);
+}
+
 /* Waits for frame number n; others that come before are late ones. */
 static void expect(int s, uint64_t n)
 {
@@ -362,6 +383,9 @@ static void frames(const char *a, const char *b, int tap)
 			set_up(a, 0);
 			set_up(a, 1);
 			usleep(20000);
+			await_link(a);
+			if (b)
+				await_link(b);
 			/* packet_notifier() leaves ENETDOWN in the socket. */
 			getsockopt(near, SOL_SOCKET, SO_ERROR, &pending, &size);
 		}
