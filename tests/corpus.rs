@@ -28,6 +28,12 @@ const ON_6_12: &[&str] = &[
     "warn",
     "loop-irqs-off",
     "spinlock-twice",
+    "spinlock-abba",
+    "stack-end",
+    "task-list",
+    "uring-worker",
+    "queue-rq",
+    "msi-thread",
     "opcode",
     "ops-table",
     "idt-gate",
@@ -53,9 +59,6 @@ const WITHOUT_FILES: &[&str] = &[
     "opcode",
     "idt-gate",
 ];
-
-/// Cases that have not been repeated often enough. Shown as ignored; `--ignored` runs them.
-const NOT_YET: &[&str] = &["spinlock-abba", "intx-storm"];
 
 /// A kind of guest and how it is guarded.
 struct Bench {
@@ -102,7 +105,7 @@ fn trials(root: &Path) -> Vec<Trial> {
     let mut add = |bench: &Arc<Bench>, kind: &str, case: &'static Case| {
         let bench = Arc::clone(bench);
         let trial = Trial::test(case.name, move || bench.run(case)).with_kind(kind);
-        trials.push(trial.with_ignored_flag(NOT_YET.contains(&case.name)));
+        trials.push(trial);
     };
     for case in cases() {
         add(&old, "6.1", case);

@@ -211,6 +211,23 @@ static int fault_warn(struct recorder *r)
 	return 0;
 }
 
+/* The word that marks the end of a stack, overwritten as by an overflow that stopped there. */
+static int fault_stack_end(struct recorder *r)
+{
+	WRITE_ONCE(*(unsigned long *)current->stack, 0x4141414141414141);
+	/* A page fault may sleep, and schedule() would panic first. */
+	BUG(); /* CRASH: stack-end */
+	return 0;
+}
+
+/* A stray write to the list of all tasks: nothing that walks it would come back. */
+static int fault_task_list(struct recorder *r)
+{
+	WRITE_ONCE(current->group_leader->tasks.next->prev, NULL);
+	BUG(); /* CRASH: task-list */
+	return 0;
+}
+
 static int fault_refcount(struct recorder *r)
 {
 	refcount_set(&r->users, 0);
@@ -231,6 +248,8 @@ static const struct {
 	int (*run)(struct recorder *r);
 } faults[] = {
 	{ "double-free", fault_double_free },
+	{ "stack-end", fault_stack_end },
+	{ "task-list", fault_task_list },
 	{ "use-after-free", fault_use_after_free },
 	{ "list-add", fault_list_add },
 	{ "list-del-twice", fault_list_del_twice },

@@ -251,7 +251,12 @@ pub fn run(case: &'static Case, stand: &Stand, guard: &GuardConfig) -> Result<Ve
     if wrong.is_empty() {
         wrong.extend(aftermath(case, vm.agent()));
     }
-    wrong.extend(further_crashes(&mut guard));
+    let later = guard.drain();
+    if case.quarantined {
+        verdict.rung = later.iter().filter_map(rung).next_back().or(verdict.rung);
+    } else {
+        wrong.extend(further_crashes(&later));
+    }
     if wrong.is_empty() {
         wrong.extend(vm.finish(guard)?);
     }
@@ -261,9 +266,13 @@ pub fn run(case: &'static Case, stand: &Stand, guard: &GuardConfig) -> Result<Ve
     Ok(verdict)
 }
 
+/// The rung that was taken, if the event tells of a repair.
+fn rung(event: &Value) -> Option<u64> {
+    event.get("rung").and_then(Value::as_u64).filter(|_| text(event, "/event") == "repaired")
+}
+
 /// Crashes after the repair: each is one that the repair has left behind.
-fn further_crashes(guard: &mut Guard) -> Vec<String> {
-    let events = guard.drain();
+fn further_crashes(events: &[Value]) -> Vec<String> {
     let crashes = events.iter().filter(|event| text(event, "/event") == "diagnosis");
     crashes.map(|crash| format!("another crash: {}", text(crash, "/title"))).collect()
 }

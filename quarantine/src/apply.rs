@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::action::{Action, Expected};
 use crate::guest_call::{self, Called, GuestCall};
 use crate::journal::{Deed, Journal};
-use crate::{Error, Plan};
+use crate::{Error, Plan, invariants};
 
 /// What became of a plan. The machine still stands; resuming it is the caller's.
 #[derive(Clone, Debug, Serialize)]
@@ -41,13 +41,21 @@ pub fn apply(
     let mark = journal.entries().len();
     let mut hand = Hand { machine, image, journal };
     let mut called = Called::default();
-    match carry_out(plan, &mut hand, &mut called) {
+    let result = carry_out(plan, &mut hand, &mut called);
+    match result.and_then(|steps| check_soundness(plan, &hand).map(|()| steps)) {
         Ok(steps) => {
             let bytes_written = hand.bytes_written(mark);
             Ok(Applied { steps, calls: called.returned, bytes_written })
         }
         Err(cause) => Err(take_back(&mut hand, mark, called, cause)),
     }
+}
+
+/// A function that was called may have run into what the crash broke.
+fn check_soundness(plan: &Plan, hand: &Hand<'_>) -> Result<(), Error> {
+    let Some(task) = plan.task_at else { return Ok(()) };
+    let memory = space(hand.machine, hand.image);
+    invariants::after(hand.image, &memory, task).map_err(Error::Unsound)
 }
 
 fn check_abilities(plan: &Plan, machine: &mut dyn Machine) -> Result<(), Error> {

@@ -21,6 +21,9 @@ pub enum Error {
         /// The least value allowed.
         least: u64,
     },
+    /// The plan was carried out, but the guest is not sound enough to go on.
+    #[error("the guest must not go on after the repair")]
+    Unsound(#[source] crate::Reason),
     /// The plan takes no rung.
     #[error("the plan has nothing to apply: every rung was refused")]
     NothingToDo,
@@ -70,6 +73,16 @@ pub enum Error {
         found: u64,
         /// Bytes that are needed.
         needed: u64,
+    },
+    /// The kernel's own map of memory does not say that the firmware's memory is reserved.
+    #[error(
+        "{size} bytes at guest-physical {at:#x} are not reserved in the kernel's own map of memory"
+    )]
+    NotReserved {
+        /// Guest-physical start.
+        at: GuestPhys,
+        /// Bytes.
+        size: u64,
     },
     /// An entry of the kernel's page tables is not as it was.
     #[error(

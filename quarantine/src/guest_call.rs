@@ -4,13 +4,14 @@
 
 use std::time::Duration;
 
-use guest::{CallOutcome, FreshRegion, GuestVirt, MachineError, Reg, Vcpu};
+use guest::{CallOutcome, FreshKind, FreshRegion, GuestVirt, MachineError, Reg, Vcpu};
 use repair_image::payload::{self, CallResult, EntryWrite, PayloadImage, PayloadMapping};
 
 use crate::Error;
 use crate::action::Action;
 use crate::apply::Hand;
 use crate::journal::Deed;
+use crate::reserved;
 
 /// EFER.NXE: the no-execute bit of page-table entries means something (Intel SDM 3A 2.2.1).
 const EFER_NXE: u64 = 1 << 11;
@@ -95,6 +96,12 @@ fn add(hand: &mut Hand<'_>) -> Result<FreshRegion, Error> {
         .ok_or(Error::NoAbility { ability: "give the guest fresh memory" })?;
     let region = fresh.add(payload::REGION_SIZE).map_err(Error::machine("adding fresh memory"))?;
     hand.journal.push(Deed::FreshAdded { region }, "room for the payload");
+    if region.kind == FreshKind::FirmwareTail {
+        let space = hand.image.placement.space(hand.machine.phys());
+        if !reserved::holds(hand.image, &space, region) {
+            return Err(Error::NotReserved { at: region.at, size: region.size });
+        }
+    }
     if region.size < payload::REGION_SIZE {
         return Err(Error::FreshTooSmall { found: region.size, needed: payload::REGION_SIZE });
     }

@@ -15,6 +15,7 @@ mod error;
 mod error_return;
 mod guest_call;
 mod guest_struct;
+mod invariants;
 mod journal;
 mod locks;
 mod plan;
@@ -22,6 +23,7 @@ mod policy;
 mod probation;
 mod process;
 mod refusal;
+mod reserved;
 mod stack_end;
 mod strikes;
 #[cfg(test)]

@@ -274,6 +274,18 @@ pub enum Reason {
         /// The function.
         function: String,
     },
+    /// The crash has broken what the guest can't go on without.
+    #[error("{what} is broken: {at:#x} holds {found:#x} instead of {expected:#x}")]
+    Broken {
+        /// What is broken.
+        what: &'static str,
+        /// Where, guest-virtual.
+        at: GuestVirt,
+        /// What is there.
+        found: u64,
+        /// What should be there.
+        expected: u64,
+    },
     /// There is no task that can be ended.
     #[error("there is no user process that could be ended")]
     NoProcess,

@@ -19,11 +19,10 @@ pub(crate) fn restore(situation: &Situation<'_>) -> Result<Option<Action>, Reaso
     let Some(task) = &situation.diagnosis.task else { return Ok(None) };
     let kernel = Structures { image: situation.image, memory: situation.memory };
     let overflow = situation.diagnosis.class == Some(CrashClass::StackOverflow);
-    let Some(init) = situation.image.address_of("init_task") else {
+    let Some((own, mark)) = marks(&kernel, task.at)? else {
         return if overflow { Err(missing("init_task")) } else { Ok(None) };
     };
-    let (own, mark) = (end_of(&kernel, task.at)?, end_of(&kernel, init)?);
-    if own.1 == mark.1 {
+    if own.1 == mark {
         return Ok(None);
     }
     if !has_guard_page(&kernel, task.at) {
@@ -39,10 +38,20 @@ pub(crate) fn restore(situation: &Situation<'_>) -> Result<Option<Action>, Reaso
         size: 8,
         mask: u64::MAX,
         old: own.1,
-        new: mark.1,
+        new: mark,
         name: "mark at the stack's end".to_owned(),
         why: "the overflow has overwritten it; schedule() would panic".to_owned(),
     }))
+}
+
+/// The lowest word of a task's stack, where it is and what it holds, and what it must hold; `None` where that can't be
+/// told.
+pub(crate) fn marks(
+    kernel: &Structures<'_>,
+    task: GuestVirt,
+) -> Result<Option<((GuestVirt, u64), u64)>, Reason> {
+    let Some(init) = kernel.image.address_of("init_task") else { return Ok(None) };
+    Ok(Some((end_of(kernel, task)?, end_of(kernel, init)?.1)))
 }
 
 fn missing(name: &str) -> Reason {

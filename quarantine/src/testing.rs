@@ -75,6 +75,11 @@ impl FakeTypes {
             ("irqaction", "handler", 0, 8),
             ("irqaction", "thread_fn", 8, 8),
             ("irqaction", "next", 16, 8),
+            ("e820_table", "nr_entries", 0, 4),
+            ("e820_table", "entries", 4, 0),
+            ("e820_entry", "addr", 0, 8),
+            ("e820_entry", "size", 8, 8),
+            ("e820_entry", "type", 16, 4),
             ("net_device", "netdev_ops", 0x18, 8),
             ("net_device", "features", 0x28, 8),
             ("net_device_ops", "ndo_start_xmit", 0x10, 8),
@@ -82,6 +87,7 @@ impl FakeTypes {
             types.members.insert((structure, path), (offset, size));
         }
         types.sizes.insert("timer_base", 0x80);
+        types.sizes.insert("e820_entry", 20);
         types.sizes.insert("module", 0x80);
         types.enumerators.extend([
             ("IRQ_NONE", 0),
@@ -201,6 +207,7 @@ pub(crate) const STACK: GuestVirt = GuestVirt(0xffff_c900_0000_0000);
 const STACK_SIZE: u64 = 0x4000;
 /// What marks the end of each stack.
 pub(crate) const STACK_MARK: u64 = 0x57ac_6e9d;
+const MEMORY_MAP: GuestVirt = GuestVirt(DATA.0 + 0xe00);
 const INIT_TASK: GuestVirt = GuestVirt(DATA.0 + 0xd00);
 const PER_CPU: GuestVirt = GuestVirt(0xffff_8880_0000_1000);
 /// Preempt count of the fake kernel's only CPU.
@@ -330,6 +337,23 @@ impl Scene {
         let bytes = value.to_le_bytes();
         let at = at + self.types.offset(structure, path);
         self.machine.poke_virt(at, &bytes[..member.size as usize]);
+    }
+
+    /// The kernel's map of memory: start, size, type.
+    pub(crate) fn set_memory_map(&mut self, entries: &[(u64, u64, u64)]) {
+        self.poke_word(DATA + 0xc18, MEMORY_MAP.0);
+        self.set_memory_map_entries(u32::try_from(entries.len()).expect("small"));
+        for (index, (start, size, kind)) in (0_u64..).zip(entries) {
+            let entry = MEMORY_MAP + 4 + index * 20;
+            self.set_member("e820_entry", "addr", entry, *start);
+            self.set_member("e820_entry", "size", entry, *size);
+            self.set_member("e820_entry", "type", entry, *kind);
+        }
+    }
+
+    /// How many entries the map says that it has.
+    pub(crate) fn set_memory_map_entries(&mut self, count: u32) {
+        self.set_member("e820_table", "nr_entries", MEMORY_MAP, count.into());
     }
 
     /// A pending timer that calls `function`.
@@ -497,6 +521,7 @@ fn image(machine: &FakeMachine, types: FakeTypes) -> RepairImage {
     kernel.symbols.push(("timer_bases".to_owned(), LinkAddr(0x200), 0x80, SymbolKind::Object));
     for (name, offset) in [
         ("init_task", 0xd00),
+        ("e820_table", 0xc18),
         ("irq_desc_tree", 0xc40),
         ("jiffies_64", 0xc00),
         ("oops_in_progress", 0xc08),

@@ -19,6 +19,9 @@ pub(super) const CASES: &[Case] = &[
     Case::new("usercopy-write", CLASS, Usercopy, &[]),
     Case::new("fortify", CLASS, Fortify, &[]),
     Case::new("stack-canary", CLASS, StackProtector, &[]),
+    // Broken by the driver before it faults: put back, or too much to go on.
+    Case::new("stack-end", CLASS, Bug, &[]),
+    Case::new("task-list", CLASS, Bug, &[]).refused_for("a link of the task list is broken"),
     // Jumps to what is no code.
     Case::new("call-data", CLASS, NullCall, &[]),
     Case::new("call-user", CLASS, UserAccess, &[]),
