@@ -32,8 +32,8 @@ pub(crate) fn after(
     task: GuestVirt,
 ) -> Result<(), Reason> {
     let kernel = Structures { image, memory };
-    if let Some((own, mark)) = stack_end::marks(&kernel, task)? {
-        same("the mark at the stack's end", own.0, own.1, mark)?;
+    if let Some(mark) = stack_end::mark(&kernel, task)? {
+        same("the mark at the stack's end", mark.at, mark.found, mark.expected)?;
     }
     task_list(&kernel, task)
 }

@@ -19,39 +19,46 @@ pub(crate) fn restore(situation: &Situation<'_>) -> Result<Option<Action>, Reaso
     let Some(task) = &situation.diagnosis.task else { return Ok(None) };
     let kernel = Structures { image: situation.image, memory: situation.memory };
     let overflow = situation.diagnosis.class == Some(CrashClass::StackOverflow);
-    let Some((own, mark)) = marks(&kernel, task.at)? else {
+    let Some(mark) = mark(&kernel, task.at)? else {
         return if overflow { Err(missing("init_task")) } else { Ok(None) };
     };
-    if own.1 == mark {
+    if mark.found == mark.expected {
         return Ok(None);
     }
     if !has_guard_page(&kernel, task.at) {
         return Err(Reason::Inconsistent {
             what: format!(
                 "the stack's end at {} is overwritten, and no guard page is below",
-                own.0
+                mark.at
             ),
         });
     }
     Ok(Some(Action::WriteWord {
-        at: own.0,
+        at: mark.at,
         size: 8,
         mask: u64::MAX,
-        old: own.1,
-        new: mark,
+        old: mark.found,
+        new: mark.expected,
         name: "mark at the stack's end".to_owned(),
         why: "the overflow has overwritten it; schedule() would panic".to_owned(),
     }))
 }
 
-/// The lowest word of a task's stack, where it is and what it holds, and what it must hold; `None` where that can't be
-/// told.
-pub(crate) fn marks(
-    kernel: &Structures<'_>,
-    task: GuestVirt,
-) -> Result<Option<((GuestVirt, u64), u64)>, Reason> {
+/// The lowest word of a stack.
+pub(crate) struct Mark {
+    /// Guest-virtual address.
+    pub(crate) at: GuestVirt,
+    /// What it holds.
+    pub(crate) found: u64,
+    /// What it must hold.
+    pub(crate) expected: u64,
+}
+
+/// The mark of a task's stack; `None` where it can't be told what it must be.
+pub(crate) fn mark(kernel: &Structures<'_>, task: GuestVirt) -> Result<Option<Mark>, Reason> {
     let Some(init) = kernel.image.address_of("init_task") else { return Ok(None) };
-    Ok(Some((end_of(kernel, task)?, end_of(kernel, init)?.1)))
+    let (at, found) = end_of(kernel, task)?;
+    Ok(Some(Mark { at, found, expected: end_of(kernel, init)?.1 }))
 }
 
 fn missing(name: &str) -> Reason {
