@@ -98,7 +98,7 @@ fn add(hand: &mut Hand<'_>) -> Result<FreshRegion, Error> {
     hand.journal.push(Deed::FreshAdded { region }, "room for the payload");
     if region.kind == FreshKind::FirmwareTail {
         let space = hand.image.placement.space(hand.machine.phys());
-        if !reserved::holds(hand.image, &space, region) {
+        if reserved::holds(hand.image, &space, region) == Some(false) {
             return Err(Error::NotReserved { at: region.at, size: region.size });
         }
     }
