@@ -1,5 +1,6 @@
 //! Every case of the corpus on a real guest: crashed, repaired by a real `defib guard`, and verified.
-//! One test a case; `cargo test --test corpus -- NAME` runs one. Needs what `scripts/setup` installs.
+//! What a failed case left, the folder of its incidents, is kept. One test a case; `cargo test --test corpus -- NAME`
+//! runs one. Needs what `scripts/setup` installs.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -70,8 +71,20 @@ struct Bench {
 impl Bench {
     fn run(&self, case: &'static Case) -> Result<(), Failed> {
         let kernel = Kernel::find(self.kernel)?;
-        let program = env!("CARGO_BIN_EXE_defib");
         let incidents = self.incidents.join(case.name);
+        self.verify(case, kernel, incidents.clone())?;
+        // What is kept is what failed.
+        std::fs::remove_dir_all(incidents)?;
+        Ok(())
+    }
+
+    fn verify(
+        &self,
+        case: &'static Case,
+        kernel: Kernel,
+        incidents: PathBuf,
+    ) -> Result<(), Failed> {
+        let program = env!("CARGO_BIN_EXE_defib");
         let guard = if self.files {
             kernel.vmlinux().ok_or("no vmlinux; run scripts/setup")?;
             GuardConfig::with_debug_files(program, &kernel, incidents)?
@@ -125,6 +138,8 @@ fn main() {
     arguments.test_threads = Some(1);
     let root = tempfile::tempdir().expect("folder for incidents");
     let conclusion = libtest_mimic::run(&arguments, trials(root.path()));
-    drop(root);
+    if conclusion.has_failed() {
+        eprintln!("incidents of failed cases: {}", root.keep().display());
+    }
     conclusion.exit();
 }

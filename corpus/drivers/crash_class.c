@@ -223,7 +223,8 @@ static int fault_stack_end(struct recorder *r)
 /* A stray write to the list of all tasks: nothing that walks it would come back. */
 static int fault_task_list(struct recorder *r)
 {
-	WRITE_ONCE(current->group_leader->tasks.next->prev, NULL);
+	/* Its own link: a neighbour's would be met by whoever starts or ends another process meanwhile. */
+	WRITE_ONCE(current->group_leader->tasks.prev, &current->group_leader->tasks);
 	BUG(); /* CRASH: task-list */
 	return 0;
 }
