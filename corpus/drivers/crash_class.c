@@ -4,9 +4,11 @@
  * functions, stack protector, reference counts, and jumps to what is no code. Faults by a plain bad
  * pointer are in crash_chardev.c.
  */
+#include <linux/kthread.h>
 #include <linux/list.h>
 #include <linux/miscdevice.h>
 #include <linux/module.h>
+#include <linux/pgtable.h>
 #include <linux/refcount.h>
 
 #include "crash.h"
@@ -229,6 +231,39 @@ static int fault_task_list(struct recorder *r)
 	return 0;
 }
 
+static int waits_for_cpu(void *unused)
+{
+	while (!kthread_should_stop())
+		schedule_timeout_interruptible(HZ);
+	return 0;
+}
+
+/* A stray write to a task that waits for this CPU: the next change of the run queue would follow it. */
+static int fault_run_queue(struct recorder *r)
+{
+	struct task_struct *waiter = kthread_create(waits_for_cpu, NULL, "crash_waiter");
+
+	if (IS_ERR(waiter))
+		return PTR_ERR(waiter);
+	get_cpu();
+	kthread_bind(waiter, smp_processor_id());
+	local_irq_disable();
+	wake_up_process(waiter);
+	WRITE_ONCE(waiter->se.run_node.__rb_parent_color, 0x1000);
+	BUG(); /* CRASH: run-queue */
+	return 0;
+}
+
+/* A stray write to the process's page tables: nothing that looks at a page's description would come back. */
+static int fault_page_table(struct recorder *r)
+{
+	pgd_t *entry = current->mm->pgd + pgd_index((unsigned long)vmemmap);
+
+	WRITE_ONCE(entry->pgd, 0);
+	BUG(); /* CRASH: page-table */
+	return 0;
+}
+
 static int fault_refcount(struct recorder *r)
 {
 	refcount_set(&r->users, 0);
@@ -251,6 +286,8 @@ static const struct {
 	{ "double-free", fault_double_free },
 	{ "stack-end", fault_stack_end },
 	{ "task-list", fault_task_list },
+	{ "run-queue", fault_run_queue },
+	{ "page-table", fault_page_table },
 	{ "use-after-free", fault_use_after_free },
 	{ "list-add", fault_list_add },
 	{ "list-del-twice", fault_list_del_twice },

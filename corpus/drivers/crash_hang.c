@@ -152,26 +152,25 @@ static void meet(struct mailbox *b)
 		mdelay(1);
 }
 
+static noinline long both_spinlocks(struct mailbox *b, spinlock_t *first, spinlock_t *second)
+{
+	spin_lock(first);
+	meet(b);
+	spin_lock(second); /* CRASH: spinlock-abba */
+	b->answered = 0;
+	spin_unlock(second);
+	spin_unlock(first);
+	return 0;
+}
+
 static long spinlocks_in_order(struct mailbox *b)
 {
-	spin_lock(&b->fast);
-	meet(b);
-	spin_lock(&b->other); /* CRASH: spinlock-abba */
-	b->answered = 0;
-	spin_unlock(&b->other);
-	spin_unlock(&b->fast);
-	return 0;
+	return both_spinlocks(b, &b->fast, &b->other);
 }
 
 static long spinlocks_reversed(struct mailbox *b)
 {
-	spin_lock(&b->other);
-	meet(b);
-	spin_lock(&b->fast);
-	b->answered = 0;
-	spin_unlock(&b->fast);
-	spin_unlock(&b->other);
-	return 0;
+	return both_spinlocks(b, &b->other, &b->fast);
 }
 
 /* Legitimate: long, in one call, without a break for four seconds; then with breaks. */

@@ -291,11 +291,19 @@ fn refusals(end: &Value, plan: &Value) -> String {
 
 /// What the processes saw otherwise than they must.
 pub(crate) fn sights(case: &Case, answer: &crate::lab::Answer) -> Vec<String> {
+    let seen = |own: &str, other: &str| {
+        let waiter = case.waiter_sees.is_none_or(|sight| sight.is_shown_by(answer, other));
+        (case.sees.is_shown_by(answer, own), waiter)
+    };
+    let (process, waiter) = seen("", "waiter_");
+    if (process && waiter) || (case.either_way && seen("waiter_", "") == (true, true)) {
+        return Vec::new();
+    }
     let mut wrong = Vec::new();
-    if !case.sees.is_shown_by(answer, "") {
+    if !process {
         wrong.push(format!("the process saw {:?}, not {:?}", answer.text(), case.sees));
     }
-    if case.waiter_sees.is_some_and(|sight| !sight.is_shown_by(answer, "waiter_")) {
+    if !waiter {
         wrong.push(format!("the waiter saw {:?}", answer.text()));
     }
     wrong

@@ -53,9 +53,9 @@ pub fn apply(
 
 /// A function that was called may have run into what the crash broke.
 fn check_soundness(plan: &Plan, hand: &Hand<'_>) -> Result<(), Error> {
-    let Some(task) = plan.task_at else { return Ok(()) };
+    let Some(current) = plan.current else { return Ok(()) };
     let memory = space(hand.machine, hand.image);
-    invariants::after(hand.image, &memory, task).map_err(Error::Unsound)
+    invariants::after(hand.image, &memory, current).map_err(Error::Unsound)
 }
 
 fn check_abilities(plan: &Plan, machine: &mut dyn Machine) -> Result<(), Error> {

@@ -1,11 +1,13 @@
 //! What a crash may have broken and the guest can't go on without: looked at when a plan is made, and again when it has
-//! been applied. Reads only. What frames hold is `locks.rs`'s, whether a task may end is `process.rs`'s.
+//! been applied. Reads only. The run queue is `run_queue.rs`'s, the
+//! page tables are `page_tables.rs`'s, what frames hold is `locks.rs`'s, whether a task may end is `process.rs`'s.
 
+use diagnose::Diagnosis;
 use guest::{GuestVirt, VirtMemory};
 use repair_image::RepairImage;
 
 use crate::guest_struct::Structures;
-use crate::{Reason, stack_end};
+use crate::{Reason, page_tables, run_queue, stack_end};
 
 /// Tasks of the task list that are looked at each way. A broken link of a far task costs that task; near the
 /// current one it is the crash's. Keeps the look at some microseconds however many tasks there are.
@@ -15,27 +17,47 @@ const WRITER: u64 = 0x1ff;
 /// `LIST_POISON2` (include/linux/poison.h): `list_del_rcu()` leaves it in what was taken off a list.
 const LIST_POISON2: u64 = 0xdead_0000_0000_0122;
 
-/// Refuses when one of them does not hold before a plan is made. `task` is the current task of the CPU that crashed.
-/// The end of its stack may be overwritten yet: the plan puts it back.
+/// Where the crash happened: the invariants are looked at from there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Current {
+    /// The task that ran, guest-virtual.
+    pub(crate) task: GuestVirt,
+    /// The kernel's number of the CPU, where it is known.
+    pub(crate) cpu: Option<usize>,
+}
+
+impl Current {
+    /// `None` when the task isn't known.
+    pub(crate) fn of(diagnosis: &Diagnosis) -> Option<Self> {
+        let task = diagnosis.task.as_ref()?.at;
+        Some(Self { task, cpu: diagnosis.context.cpu })
+    }
+}
+
+/// Refuses when one of them does not hold before a plan is made. The end of the task's stack may be overwritten yet:
+/// the plan puts it back.
 pub(crate) fn before(
     image: &RepairImage,
     memory: &dyn VirtMemory,
-    task: GuestVirt,
+    current: Current,
 ) -> Result<(), Reason> {
-    task_list(&Structures { image, memory }, task)
+    let kernel = Structures { image, memory };
+    task_list(&kernel, current.task)?;
+    run_queue::check(&kernel, current)?;
+    page_tables::check(&kernel, current)
 }
 
 /// The same when a plan has been applied.
 pub(crate) fn after(
     image: &RepairImage,
     memory: &dyn VirtMemory,
-    task: GuestVirt,
+    current: Current,
 ) -> Result<(), Reason> {
     let kernel = Structures { image, memory };
-    if let Some(mark) = stack_end::mark(&kernel, task)? {
+    if let Some(mark) = stack_end::mark(&kernel, current.task)? {
         same("the mark at the stack's end", mark.at, mark.found, mark.expected)?;
     }
-    task_list(&kernel, task)
+    before(image, memory, current)
 }
 
 /// The links of the process's neighbours in the list of all processes. Only leaders of thread groups are in
@@ -83,7 +105,13 @@ fn walk(memory: &dyn VirtMemory, start: GuestVirt) -> Result<(), Reason> {
     Ok(())
 }
 
-fn same(what: &'static str, at: GuestVirt, found: u64, expected: u64) -> Result<(), Reason> {
+/// That a word holds what it must.
+pub(crate) fn same(
+    what: &'static str,
+    at: GuestVirt,
+    found: u64,
+    expected: u64,
+) -> Result<(), Reason> {
     if found == expected { Ok(()) } else { Err(Reason::Broken { what, at, found, expected }) }
 }
 
@@ -95,9 +123,10 @@ mod tests {
     #[test]
     fn an_applied_plan_leaves_the_mark_whole() {
         let mut scene = Scene::new();
-        assert_eq!(after(&scene.image, &scene.machine.space(), scene.task), Ok(()));
+        let current = Current { task: scene.task, cpu: Some(0) };
+        assert_eq!(after(&scene.image, &scene.machine.space(), current), Ok(()));
         scene.poke_word(STACK, 0x4141);
-        let broken = after(&scene.image, &scene.machine.space(), scene.task);
+        let broken = after(&scene.image, &scene.machine.space(), current);
         assert!(matches!(broken, Err(Reason::Broken { found: 0x4141, .. })), "{broken:?}");
     }
 

@@ -18,12 +18,15 @@ mod guest_struct;
 mod invariants;
 mod journal;
 mod locks;
+mod memory_signs;
+mod page_tables;
 mod plan;
 mod policy;
 mod probation;
 mod process;
 mod refusal;
 mod reserved;
+mod run_queue;
 mod stack_end;
 mod strikes;
 #[cfg(test)]

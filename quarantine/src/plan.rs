@@ -10,9 +10,10 @@ use guest::{GuestVirt, Registers, Vcpu, VirtMemory};
 use repair_image::RepairImage;
 use serde::Serialize;
 
+use crate::invariants::{self, Current};
 use crate::{
-    Action, Policy, Reason, Refusal, Standing, Strikes, core_return, driver, error_return,
-    invariants, process, stack_end, text, warning,
+    Action, Policy, Reason, Refusal, Standing, Strikes, core_return, driver, error_return, process,
+    stack_end, text, warning,
 };
 
 /// A rung of the recovery ladder that repairs in place.
@@ -105,9 +106,9 @@ pub struct Plan {
     pub vcpu: Vcpu,
     /// Guest-virtual address of that vCPU's preempt count; it is raised while calls are made.
     pub preempt_count_at: Option<GuestVirt>,
-    /// The current task of that vCPU, guest-virtual: the guest must be sound around it once all is done.
+    /// The task and CPU that crashed: the guest must be sound around them once all is done.
     #[serde(skip)]
-    pub task_at: Option<GuestVirt>,
+    pub(crate) current: Option<Current>,
     /// Longest time that calls into the guest may take, milliseconds.
     pub limit_ms: u64,
 }
@@ -179,7 +180,7 @@ fn finish(
         loss: rung.map_or_else(|| "everything".to_owned(), |rung| loss(situation, rung, steps.way)),
         vcpu: situation.diagnosis.vcpu,
         preempt_count_at: situation.diagnosis.context.preempt_count_at,
-        task_at: situation.diagnosis.task.as_ref().map(|task| task.at),
+        current: Current::of(situation.diagnosis),
         limit_ms: policy.max_downtime_ms,
     }
 }
@@ -214,8 +215,8 @@ fn attempt(
         return Err(Reason::LostInterrupt);
     }
     // The task runs on whatever rung is taken, if only to its end.
-    if let Some(task) = &situation.diagnosis.task {
-        invariants::before(situation.image, situation.memory, task.at)?;
+    if let Some(current) = Current::of(situation.diagnosis) {
+        invariants::before(situation.image, situation.memory, current)?;
     }
     let mark = stack_end::restore(situation)?;
     let mut steps = rung_steps(situation, policy, standing, rung)?;

@@ -1,5 +1,6 @@
 //! Probation after a repair: vital signs of the guest, read from its memory while it runs. Reads
-//! only; what follows from them is decided by whoever guards the VM.
+//! only; what follows from them is decided by whoever guards the VM. Those of the memory management are
+//! `memory_signs.rs`'s.
 
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use repair_image::RepairImage;
 use serde::Serialize;
 
 use crate::guest_struct::Structures;
+use crate::memory_signs;
 
 /// No timer tick for this long is suspect. An idle tickless guest ticks in bursts with gaps up to 2
 /// s when the host is loaded.
@@ -70,6 +72,7 @@ pub struct Probation {
     switched: Duration,
     /// Time when the RCU grace period last changed, or none was under way.
     graced: Duration,
+    memory: memory_signs::History,
     length: Duration,
     begun: Duration,
 }
@@ -85,7 +88,9 @@ impl Probation {
         now: Duration,
     ) -> Self {
         let first = read(image, memory);
+        let reading = memory_signs::read(&Structures { image, memory });
         Self {
+            memory: memory_signs::History::start(reading, now),
             last: first.clone(),
             first,
             ticked: now,
@@ -111,7 +116,12 @@ impl Probation {
 
     /// Takes another reading.
     pub fn check(&mut self, image: &RepairImage, memory: &dyn VirtMemory, now: Duration) -> Vital {
-        self.take(read(image, memory), now)
+        let reading = memory_signs::read(&Structures { image, memory });
+        let suspicion = self.memory.take(reading, now);
+        match (self.take(read(image, memory), now), suspicion) {
+            (Vital::Healthy, Some(reason)) => Vital::suspect(reason),
+            (vital, _) => vital,
+        }
     }
 
     fn take(&mut self, signs: Signs, now: Duration) -> Vital {
@@ -220,6 +230,17 @@ mod tests {
         assert!(probation.has_moved());
         assert!(probation.is_over(SECOND * 10));
         assert!(!probation.is_over(SECOND * 9));
+    }
+
+    #[test]
+    fn memory_that_is_not_written_back_is_suspect() {
+        let mut scene = Scene::new();
+        scene.add_zone(40, 7);
+        let mut probation = start(&scene);
+        live(&mut scene, 1);
+        assert_eq!(check(&mut probation, &scene, 7), Vital::Healthy);
+        live(&mut scene, 2);
+        assert!(matches!(check(&mut probation, &scene, 8), Vital::Suspect { .. }));
     }
 
     #[test]

@@ -83,11 +83,24 @@ impl FakeTypes {
             ("net_device", "netdev_ops", 0x18, 8),
             ("net_device", "features", 0x28, 8),
             ("net_device_ops", "ndo_start_xmit", 0x10, 8),
+            ("rq", "__lock", 0, 4),
+            ("rq", "curr", 0x18, 8),
+            ("rq", "cfs", 0x20, 16),
+            ("cfs_rq", "tasks_timeline.rb_root.rb_node", 8, 8),
+            ("rb_node", "__rb_parent_color", 0, 8),
+            ("rb_node", "rb_left", 16, 8),
+            ("rb_node", "rb_right", 8, 8),
+            ("tlb_state", "loaded_mm", 0, 8),
+            ("zone", "lock", 0x10, 4),
+            ("pglist_data", "nr_zones", 0, 4),
+            ("pglist_data", "node_zones", 8, 0x40),
+            ("mm_struct", "pgd", 8, 8),
         ] {
             types.members.insert((structure, path), (offset, size));
         }
         types.sizes.insert("timer_base", 0x80);
         types.sizes.insert("e820_entry", 20);
+        types.sizes.insert("zone", 0x20);
         types.sizes.insert("module", 0x80);
         types.enumerators.extend([
             ("IRQ_NONE", 0),
@@ -97,6 +110,8 @@ impl FakeTypes {
             ("VM_FAULT_SIGBUS", 2),
             ("NETDEV_TX_OK", 0),
             ("NETIF_F_LLTX_BIT", 0),
+            ("NR_WRITEBACK", 2),
+            ("NR_WRITTEN", 3),
         ]);
         let ssize = int("ssize_t", 8, true);
         let number = int("int", 4, true);
@@ -303,6 +318,8 @@ impl Scene {
         self.set_member("task_struct", "stack", INIT_TASK, (DATA + 0x500).0);
         self.poke_word(DATA + 0x500, STACK_MARK);
         self.poke_word(STACK, STACK_MARK);
+        self.set_member("rq", "curr", PER_CPU + 0x80, self.task.0);
+        self.set_member("tlb_state", "loaded_mm", self.tlb_state(), (DATA + 0xc20).0);
         self.set_member("pt_regs", "cs", self.user_regs, 0x33);
         self.machine.poke_virt(PREEMPT_COUNT, &0x8000_0000_u32.to_le_bytes());
         for index in 0..DRIVER.len() as u64 {
@@ -354,6 +371,47 @@ impl Scene {
     /// How many entries the map says that it has.
     pub(crate) fn set_memory_map_entries(&mut self, count: u32) {
         self.set_member("e820_table", "nr_entries", MEMORY_MAP, count.into());
+    }
+
+    /// A tree of three tasks that wait for the CPU: the root, and what is left and right of it.
+    pub(crate) fn add_waiting_tasks(&mut self) -> [GuestVirt; 3] {
+        let nodes = [DATA + 0x3800, DATA + 0x3840, DATA + 0x3880];
+        let [root, left, right] = nodes;
+        self.set_member("cfs_rq", "tasks_timeline.rb_root.rb_node", PER_CPU + 0xa0, root.0);
+        self.set_member("rb_node", "__rb_parent_color", root, 1);
+        for (child, link) in [(left, "rb_left"), (right, "rb_right")] {
+            self.set_member("rb_node", link, root, child.0);
+            self.set_member("rb_node", "__rb_parent_color", child, root.0);
+        }
+        nodes
+    }
+
+    /// Page tables of the loaded process, and the kernel's own.
+    pub(crate) fn add_page_tables(&mut self) -> [GuestVirt; 2] {
+        let (own, whole, process) = (DATA + 0x2000, DATA + 0x3000, DATA + 0xc30);
+        self.set_member("mm_struct", "pgd", process, own.0);
+        self.set_member("mm_struct", "pgd", DATA + 0xc20, whole.0);
+        self.set_member("tlb_state", "loaded_mm", self.tlb_state(), process.0);
+        [own, whole]
+    }
+
+    /// A node with one zone, which is returned, and what has been written back and what is being.
+    pub(crate) fn add_zone(&mut self, written: u64, under_way: u64) -> GuestVirt {
+        self.poke_word(DATA + 0xc90, self.node().0);
+        self.set_member("pglist_data", "nr_zones", self.node(), 1);
+        self.poke_word(DATA + 0xc60 + 2 * 8, under_way);
+        self.poke_word(DATA + 0xc60 + 3 * 8, written);
+        self.node() + self.types.offset("pglist_data", "node_zones")
+    }
+
+    /// Where that node is.
+    pub(crate) fn node(&self) -> GuestVirt {
+        DATA + 0x3900
+    }
+
+    /// What the fake kernel's only CPU knows of its page tables.
+    pub(crate) fn tlb_state(&self) -> GuestVirt {
+        self.image.per_cpu("cpu_tlbstate", 0).expect("a CPU")
     }
 
     /// A pending timer that calls `function`.
@@ -515,12 +573,17 @@ fn image(machine: &FakeMachine, types: FakeTypes) -> RepairImage {
         let at = link(TEXT + index as u64 * 0x40);
         kernel.symbols.push((name.to_owned(), at, 0x40, SymbolKind::Function));
     }
-    for (name, offset) in [("cpu_current_top_of_stack", 0x28), ("runqueues", 0x80)] {
+    for (name, offset) in
+        [("cpu_current_top_of_stack", 0x28), ("runqueues", 0x80), ("cpu_tlbstate", 0x100)]
+    {
         kernel.symbols.push((name.to_owned(), LinkAddr(offset), 8, SymbolKind::Object));
     }
     kernel.symbols.push(("timer_bases".to_owned(), LinkAddr(0x200), 0x80, SymbolKind::Object));
     for (name, offset) in [
         ("init_task", 0xd00),
+        ("init_mm", 0xc20),
+        ("vm_node_stat", 0xc60),
+        ("node_data", 0xc90),
         ("e820_table", 0xc18),
         ("irq_desc_tree", 0xc40),
         ("jiffies_64", 0xc00),

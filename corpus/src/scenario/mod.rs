@@ -203,6 +203,8 @@ pub struct Case {
     pub sees: Sight,
     /// What the second process must see, if there is one.
     pub waiter_sees: Option<Sight>,
+    /// Whether the two processes may change parts: neither is more to blame than the other.
+    pub either_way: bool,
     /// Agent commands that must succeed afterwards, besides the driver's self-check.
     pub after: &'static [&'static str],
     /// Whether the diagnosis must name the line.
@@ -266,6 +268,7 @@ impl Case {
             rung: Rung::ReturnError,
             sees: Sight::Errno("EIO"),
             waiter_sees: None,
+            either_way: false,
             after: &[],
             has_lines: true,
             refused: None,
@@ -296,6 +299,11 @@ impl Case {
 
     pub(super) const fn waited_for(mut self) -> Self {
         self.waiter_sees = Some(Sight::Returned);
+        self
+    }
+
+    pub(super) const fn either_way(mut self) -> Self {
+        self.either_way = true;
         self
     }
 
