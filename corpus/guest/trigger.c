@@ -93,6 +93,14 @@ static long run_poll(struct run *r)
 	return p.revents;
 }
 
+/* The same, for as long as it takes. */
+static long run_wait(struct run *r)
+{
+	struct pollfd p = { .fd = r->fd, .events = POLLIN };
+
+	return poll(&p, 1, -1) < 0 ? -1 : p.revents;
+}
+
 static long run_mmap(struct run *r)
 {
 	void *area;
@@ -238,11 +246,21 @@ static long run_pipe_write(struct run *r)
 	return damaged_pipe(r, ends) < 0 ? -1 : write(ends[1], "more", 4);
 }
 
+/* As often as a quarantine takes, and once more; the last call's answer. */
+static long run_again(struct run *r)
+{
+	long n = -1;
+
+	for (int i = 0; i < 4; i++)
+		n = put(r, "");
+	return n;
+}
+
 static const struct {
 	const char *name;
 	long (*run)(struct run *r);
 } operations[] = {
-	{ "write", run_write },           { "ioctl", run_ioctl },     { "read", run_read },
+	{ "write", run_write },           { "again", run_again },     { "wait", run_wait },     { "ioctl", run_ioctl },     { "read", run_read },
 	{ "open", run_open },             { "poll", run_poll },       { "mmap", run_mmap },
 	{ "seq", run_seq },               { "sysfs", run_sysfs },     { "netdev", run_netdev },
 	{ "busy", run_busy },             { "idle", run_idle },       { "getcwd", run_getcwd },
@@ -370,7 +388,11 @@ static void finish(struct answer *a, const char *prefix, struct child c, long lo
 		close(c.in);
 }
 
-/* crash DEVICE OPERATION CASE [MS] | crash DEVICE pair CASE,CASE2 [MS]: two processes, one lock. */
+/*
+ * crash DEVICE OPERATION CASE [MS] | crash DEVICE pair CASE,CASE2 [MS]: two processes, one lock.
+ * crash DEVICE asleep:OPERATION CASE,CASE2 [MS]: the second sleeps in that operation while the first crashes again
+ * and again.
+ */
 void command_crash(struct answer *a, int argc, char **argv)
 {
 	long long deadline = now_us() + 1000 * (argc > 4 ? atoll(argv[4]) : 10000);
@@ -389,6 +411,15 @@ void command_crash(struct answer *a, int argc, char **argv)
 		first = begin("write", argv[1], argv[3], 0);
 		usleep(50000);
 		second = begin("write", argv[1], comma, 1);
+		finish(a, "", first, deadline);
+		finish(a, "waiter_", second, deadline);
+		return;
+	}
+	if (!strncmp(argv[2], "asleep:", 7) && comma) {
+		*comma++ = 0;
+		second = begin(argv[2] + 7, argv[1], comma, 0);
+		usleep(200000);
+		first = begin("again", argv[1], argv[3], 1);
 		finish(a, "", first, deadline);
 		finish(a, "waiter_", second, deadline);
 		return;

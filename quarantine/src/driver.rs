@@ -9,7 +9,7 @@ use crate::entries::{self, EntryPoint};
 use crate::guest_struct::Structures;
 use crate::plan::{Situation, Steps};
 use crate::values::{self, Value};
-use crate::{Policy, Reason, Standing, activity, error_return, process};
+use crate::{Policy, Reason, Standing, activity, error_return, process, sleepers};
 
 /// `endbr64`, with which a function starts that may be called indirectly (kernels with IBT).
 const ENDBR: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
@@ -57,6 +57,8 @@ pub(crate) fn steps(
     steps.actions.extend_from_slice(release);
     let stop = activity::stop(&structures, module, &mut steps);
     steps.actions.extend(stop);
+    let wake = sleepers::wake(situation, module, &mut steps.notes);
+    steps.actions.extend(wake);
     steps.actions.extend_from_slice(leave);
     steps.notes.extend(way_out.notes);
     Ok(steps)

@@ -27,6 +27,7 @@ mod process;
 mod refusal;
 mod reserved;
 mod run_queue;
+mod sleepers;
 mod stack_end;
 mod strikes;
 #[cfg(test)]

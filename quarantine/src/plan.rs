@@ -202,6 +202,20 @@ fn is_damaged(diagnosis: &Diagnosis) -> bool {
     !diagnosis.damage.is_empty()
 }
 
+/// Whether the crash itself says that somebody has written or freed what is not theirs. Once may be a bad argument; a
+/// driver that does it again and again has broken more than what is seen, and only being rid of it helps.
+fn is_memory_broken(diagnosis: &Diagnosis) -> bool {
+    matches!(
+        diagnosis.class,
+        Some(
+            CrashClass::ListCorruption
+                | CrashClass::Usercopy
+                | CrashClass::DoubleFree
+                | CrashClass::SlabCorruption
+        )
+    )
+}
+
 fn attempt(
     situation: &Situation<'_>,
     policy: &Policy,
@@ -213,6 +227,9 @@ fn attempt(
     }
     if rung != Rung::RepairKernel && situation.diagnosis.class == Some(CrashClass::DoubleFault) {
         return Err(Reason::LostInterrupt);
+    }
+    if standing.used_up && rung != Rung::QuarantineDriver && is_memory_broken(situation.diagnosis) {
+        return Err(standing.broken_memory());
     }
     // The task runs on whatever rung is taken, if only to its end.
     if let Some(current) = Current::of(situation.diagnosis) {
@@ -395,6 +412,23 @@ note: memory, references and device state that the abandoned frames had in hand 
         let plan = plan_of(&scene, &core, &Policy::default());
         assert_eq!(plan.rung, Some(Rung::QuarantineProcess));
         assert_eq!(plan.loss, "the process worker (pid 300)");
+    }
+
+    #[test]
+    fn who_breaks_memory_again_and_again_is_not_let_go_on() {
+        let scene = Scene::new();
+        let mut diagnosis = scene.diagnosis();
+        let mut policy = Policy { strikes: 1, ..Policy::default() };
+        policy.never_quarantine.push("toy".to_owned());
+        assert_eq!(plan_of(&scene, &diagnosis, &policy).rung, Some(Rung::ReturnError));
+        diagnosis.class = Some(CrashClass::DoubleFree);
+        assert_eq!(plan_of(&scene, &diagnosis, &Policy::default()).rung, Some(Rung::ReturnError));
+        let plan = plan_of(&scene, &diagnosis, &policy);
+        assert_eq!(plan.rung, None);
+        let broken = |refusal: &&Refusal| matches!(refusal.reason, Reason::BrokenMemory { .. });
+        assert_eq!(plan.refused.iter().filter(broken).count(), 2, "rungs 1 and 3");
+        policy.never_quarantine.clear();
+        assert_eq!(plan_of(&scene, &diagnosis, &policy).rung, Some(Rung::QuarantineDriver));
     }
 
     #[test]

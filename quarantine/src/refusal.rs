@@ -86,6 +86,14 @@ pub enum Reason {
         /// Crashes counted, this one included.
         strikes: u32,
     },
+    /// The driver has used up its strikes, and what it does breaks memory.
+    #[error("{module} has broken memory and crashed {strikes} times: only a quarantine would do")]
+    BrokenMemory {
+        /// Module name.
+        module: String,
+        /// Crashes counted, this one included.
+        strikes: u32,
+    },
     /// The last repair of the same crash did not last.
     #[error("not enough: the same crash came back while its repair was on probation")]
     CameBack,

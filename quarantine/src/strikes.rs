@@ -47,6 +47,12 @@ impl Standing {
         self.used_up || self.came_back
     }
 
+    /// Why a driver that breaks memory is not gone on with.
+    pub(crate) fn broken_memory(&self) -> Reason {
+        let module = self.module.clone().unwrap_or_default();
+        Reason::BrokenMemory { module, strikes: self.strikes }
+    }
+
     /// Why returning an error is not enough.
     pub(crate) fn why(&self) -> Reason {
         match &self.module {

@@ -91,6 +91,11 @@ impl FakeTypes {
             ("rb_node", "rb_left", 16, 8),
             ("rb_node", "rb_right", 8, 8),
             ("tlb_state", "loaded_mm", 0, 8),
+            ("task_struct", "files", 0x98, 8),
+            ("files_struct", "fdt", 0, 8),
+            ("fdtable", "max_fds", 8, 4),
+            ("fdtable", "fd", 16, 8),
+            ("file", "f_op", 0, 8),
             ("zone", "lock", 0x10, 4),
             ("pglist_data", "nr_zones", 0, 4),
             ("pglist_data", "node_zones", 8, 0x40),
@@ -231,7 +236,7 @@ pub(crate) const PREEMPT_COUNT: GuestVirt = GuestVirt(PER_CPU.0 + 0x20);
 pub(crate) const RAM: u64 = 8 << 20;
 
 /// Kernel functions of the fake kernel, 0x40 bytes each.
-const FUNCTIONS: [&str; 16] = [
+const FUNCTIONS: [&str; 17] = [
     "vfs_write",
     "mutex_unlock",
     "up_write",
@@ -248,6 +253,7 @@ const FUNCTIONS: [&str; 16] = [
     "timer_delete",
     "_raw_spin_lock",
     "_raw_spin_lock_irqsave",
+    "signal_wake_up_state",
 ];
 /// Driver functions: name, and what they return (`None` = not known).
 const DRIVER: [(&str, Option<&str>); 6] = [
@@ -393,6 +399,18 @@ impl Scene {
         self.set_member("mm_struct", "pgd", DATA + 0xc20, whole.0);
         self.set_member("tlb_state", "loaded_mm", self.tlb_state(), process.0);
         [own, whole]
+    }
+
+    /// A file whose operations lie there, as the third and last that the current process has open.
+    pub(crate) fn add_file(&mut self, operations: GuestVirt) {
+        let (files, table, descriptors, file) =
+            (DATA + 0x3a00, DATA + 0x3a20, DATA + 0x3a40, DATA + 0x3a80);
+        self.set_member("task_struct", "files", self.task, files.0);
+        self.set_member("files_struct", "fdt", files, table.0);
+        self.set_member("fdtable", "max_fds", table, 3);
+        self.set_member("fdtable", "fd", table, descriptors.0);
+        self.poke_word(descriptors + 16, file.0);
+        self.set_member("file", "f_op", file, operations.0);
     }
 
     /// A node with one zone, which is returned, and what has been written back and what is being.

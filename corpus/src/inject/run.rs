@@ -321,6 +321,8 @@ fn finish(mut vm: Vm, mut guard: Guard, seen: &mut Seen, told: &mut Told) {
     // What the driver's users say at their end is theirs; that the guest answers is not.
     if let Err(error) = vm.agent().command_within(&stop, ANSWER_LIMIT) {
         seen.silent = Some(first_line(&error.to_string()));
+        // It may be silent because it was let go.
+        told.take(&guard.drain());
         return;
     }
     match vm.agent().command("workload stop") {

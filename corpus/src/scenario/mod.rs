@@ -302,6 +302,11 @@ impl Case {
         self
     }
 
+    pub(super) const fn waiter_sees(mut self, sight: Sight) -> Self {
+        self.waiter_sees = Some(sight);
+        self
+    }
+
     pub(super) const fn either_way(mut self) -> Self {
         self.either_way = true;
         self

@@ -13,6 +13,7 @@ mod fs;
 mod hang;
 mod init;
 mod irq;
+mod load;
 mod locks;
 mod net;
 mod proc;
@@ -25,6 +26,7 @@ use super::Case;
 /// All tables.
 const TABLES: &[&[Case]] = &[
     chardev::CASES,
+    load::CASES,
     locks::CASES,
     timer::CASES,
     hang::CASES,
