@@ -22,6 +22,8 @@ pub use tally::{Row, StockRow, Tally, percentile, share};
 const ATTACH_LIMIT: Duration = Duration::from_secs(120);
 /// How long one crash may take to be dealt with.
 const CRASH_LIMIT: Duration = Duration::from_secs(40);
+/// How long a guest that is not to be saved is listened to: it goes down in the middle of its answer.
+const REFUSED_LIMIT: Duration = Duration::from_secs(10);
 /// How long the crashing process is waited for, in milliseconds, in the guest.
 const PROCESS_LIMIT: u64 = 20_000;
 
@@ -220,7 +222,8 @@ impl Guest {
 /// When the lab or the guard fails; what the guest does is in the verdict.
 pub fn run(case: &'static Case, stand: &Stand, guard: &GuardConfig) -> Result<Verdict> {
     let (mut vm, mut guard) = stand.start(case, guard)?;
-    let answer = vm.agent().command_within(&case.crash_command(PROCESS_LIMIT), CRASH_LIMIT);
+    let limit = if case.refused.is_some() { REFUSED_LIMIT } else { CRASH_LIMIT };
+    let answer = vm.agent().command_within(&case.crash_command(PROCESS_LIMIT), limit);
     let diagnosis = match guard.await_event("diagnosis", CRASH_LIMIT) {
         Ok(diagnosis) => diagnosis,
         Err(error @ Error::Guard { .. }) => return Ok(Verdict::unnoticed(case, &error)),
