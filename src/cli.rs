@@ -16,6 +16,12 @@ const TRIAGE_EXIT_CODES: &str = "Exit codes:
   1  some could not be read; the others are in the buckets
   2  usage or set-up error";
 
+/// Exit codes of `defib diagnose`, printed under its `--help`.
+const DIAGNOSE_EXIT_CODES: &str = "Exit codes:
+  0  a crash was diagnosed
+  1  the input was read and tells of no crash; what the machine was doing is printed all the same
+  2  usage or set-up error: no dump and no log, damaged beyond reading, another kernel than the vmlinux's";
+
 /// Brings crashed guests of a KVM host back in place.
 #[derive(Debug, Parser)]
 #[command(name = "defib", version, about, after_help = EXIT_CODES)]
@@ -32,6 +38,8 @@ pub enum Command {
     Guard(GuardArguments),
     /// Build, print or check a repair image.
     Image(ImageArguments),
+    /// Diagnose the crash in a dump or console log, and tell what the machine was doing.
+    Diagnose(DiagnoseArguments),
     /// Say what would be done about the crash in a dump, and why not more.
     Plan(PlanArguments),
     /// Sort many dumps and console logs into buckets, one a cause.
@@ -148,6 +156,38 @@ pub enum ImageAction {
         #[arg(long, value_name = "SOCK")]
         qmp: PathBuf,
     },
+}
+
+/// Arguments of `defib diagnose`.
+#[derive(Debug, Args)]
+#[command(after_long_help = DIAGNOSE_EXIT_CODES)]
+pub struct DiagnoseArguments {
+    /// Dump of any known format (all parts of a split one), or a console log.
+    #[arg(required = true, value_name = "DUMP|LOG")]
+    pub inputs: Vec<PathBuf>,
+    /// Knowledge of the kernel in the dump; a console log needs none.
+    #[command(flatten)]
+    pub knowledge: KnowledgeSources,
+    /// Policy file (TOML) for the repair that would have been made.
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+    /// Output format.
+    #[arg(long, value_enum, default_value_t = ReportFormat::Text)]
+    pub format: ReportFormat,
+    /// File to write instead of stdout.
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// Output formats of `defib diagnose`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReportFormat {
+    /// For people.
+    Text,
+    /// For scripts: docs/diagnose.md.
+    Json,
+    /// A page for a browser.
+    Html,
 }
 
 /// Arguments of `defib plan`.

@@ -3,6 +3,7 @@
 mod cli;
 mod corpus_command;
 mod demo;
+mod diagnose;
 mod guard_command;
 mod image;
 mod injections;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     let result = match arguments.command {
         cli::Command::Guard(arguments) => guard_command::run(&arguments),
         cli::Command::Image(arguments) => image::run(&arguments),
+        cli::Command::Diagnose(arguments) => diagnose::run(&arguments),
         cli::Command::Plan(arguments) => plan::run(&arguments),
         cli::Command::Triage(arguments) => triage::run(&arguments),
         cli::Command::Corpus(arguments) => corpus_command::run(&arguments),

@@ -25,6 +25,7 @@ mod names;
 mod offender;
 pub mod report;
 mod signature;
+pub mod state;
 pub mod stuck;
 mod task;
 pub mod tasks;

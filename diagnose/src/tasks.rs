@@ -43,6 +43,19 @@ impl TaskPosition {
     pub fn is_uninterruptible(&self) -> bool {
         self.state & 0x402 == 0x2
     }
+
+    /// Its state in one letter, as ps shows it: `R` runnable, `S` sleeps, `D` sleeps and signals do not wake it, `T`
+    /// stopped, `t` traced, `P` parked, `Z` dead, `I` idle kernel thread. The bits are those of include/linux/sched.h
+    /// since v4.14.
+    #[must_use]
+    pub fn letter(&self) -> char {
+        const LETTERS: [(u32, char); 6] =
+            [(0x1, 'S'), (0x2, 'D'), (0x4, 'T'), (0x8, 't'), (0x40, 'P'), (0x80, 'Z')];
+        if self.state & 0x402 == 0x402 {
+            return 'I';
+        }
+        LETTERS.iter().find(|(bit, _)| self.state & bit != 0).map_or('R', |(_, letter)| *letter)
+    }
 }
 
 /// Every task, the idle tasks of the CPUs included.
@@ -222,6 +235,7 @@ mod tests {
         assert_eq!(pids, [(0, None), (7, None), (8, Some(0))]);
         assert!(tasks[1].is_uninterruptible() && !tasks[2].is_uninterruptible());
         assert_eq!(tasks[1].comm, "db");
+        assert_eq!((tasks[1].letter(), tasks[2].letter()), ('D', 'R'));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use diagnose::vmcore::Vmcore;
 use diagnose::{CodeCache, Diagnosis};
-use guard::KnowledgeSources;
+use guard::{KnowledgeSources, Learned};
 use guest::{Hook, HookKind, Machine, Registers, Vcpu};
 use quarantine::{Plan, Policy, Situation, Strikes};
 use repair_image::{RepairImage, Vmcoreinfo};
@@ -18,6 +18,45 @@ pub struct Crash {
     pub release: Option<String>,
 }
 
+/// The kernel in a dump, and what its CPUs stood at.
+pub struct Scene {
+    /// What is known of the kernel, and where from.
+    pub learned: Learned,
+    /// The same, placed where the kernel lies.
+    pub image: RepairImage,
+    /// Registers of all vCPUs, by number.
+    pub vcpus: Vec<Registers>,
+    /// Kernel release, if the dump says.
+    pub release: Option<String>,
+}
+
+impl Scene {
+    /// Learns the kernel in a dump.
+    ///
+    /// # Errors
+    /// When it can't be understood, or is another one than was named.
+    pub fn of(core: &mut Vmcore, knowledge: &KnowledgeSources) -> Result<Self> {
+        let learned = guard::learn(core.phys(), knowledge, &[])?;
+        let image = RepairImage::assemble(&learned.kernel.facts, &learned.layer);
+        let vcpus = (0..core.vcpu_count())
+            .map(|vcpu| core.registers(Vcpu(vcpu)))
+            .collect::<Result<Vec<_>, _>>()
+            .context("registers")?;
+        Ok(Self { learned, image, vcpus, release: release(core) })
+    }
+
+    /// The crash; `None` when no vCPU is crashing.
+    #[must_use]
+    pub fn crash(&self, core: &Vmcore, policy: &Policy, cache: &mut CodeCache) -> Option<Crash> {
+        let diagnosis = crashed(&self.image, core, &self.vcpus, cache)?;
+        let memory = self.image.placement.space(core.phys());
+        let (image, vcpus) = (&self.image, self.vcpus.as_slice());
+        let situation = Situation { diagnosis: &diagnosis, image, memory: &memory, vcpus };
+        let plan = quarantine::plan(&situation, policy, &Strikes::default());
+        Some(Crash { plan, diagnosis, release: self.release.clone() })
+    }
+}
+
 /// The crash in a dump; `None` when no vCPU of it is crashing.
 ///
 /// # Errors
@@ -27,18 +66,8 @@ pub fn of_dump(
     knowledge: &KnowledgeSources,
     policy: &Policy,
 ) -> Result<Option<Crash>> {
-    let learned = guard::learn(core.phys(), knowledge, &[])?;
-    let image = RepairImage::assemble(&learned.kernel.facts, &learned.layer);
-    let vcpus = (0..core.vcpu_count())
-        .map(|vcpu| core.registers(Vcpu(vcpu)))
-        .collect::<Result<Vec<_>, _>>()
-        .context("registers")?;
-    let Some(diagnosis) = crashed(&image, &*core, &vcpus) else { return Ok(None) };
-    let memory = image.placement.space(core.phys());
-    let situation =
-        Situation { diagnosis: &diagnosis, image: &image, memory: &memory, vcpus: &vcpus };
-    let plan = quarantine::plan(&situation, policy, &Strikes::default());
-    Ok(Some(Crash { plan, diagnosis, release: release(core) }))
+    let scene = Scene::of(core, knowledge)?;
+    Ok(scene.crash(core, policy, &mut CodeCache::default()))
 }
 
 fn release(core: &Vmcore) -> Option<String> {
@@ -48,11 +77,15 @@ fn release(core: &Vmcore) -> Option<String> {
 }
 
 /// The diagnosis of the vCPU that stands at a hook, or else of the first one whose stack tells of a crash.
-fn crashed(image: &RepairImage, core: &impl Machine, vcpus: &[Registers]) -> Option<Diagnosis> {
-    let mut cache = CodeCache::default();
+fn crashed(
+    image: &RepairImage,
+    core: &impl Machine,
+    vcpus: &[Registers],
+    cache: &mut CodeCache,
+) -> Option<Diagnosis> {
     let mut of = |index: usize, hook| {
         let registers = vcpus.get(index)?;
-        diagnose::diagnose(image, core.phys(), registers, hook, Vcpu(index), &mut cache).ok()
+        diagnose::diagnose(image, core.phys(), registers, hook, Vcpu(index), cache).ok()
     };
     for (index, registers) in vcpus.iter().enumerate() {
         let at_hook = HookKind::ALL.into_iter().find_map(|kind| {

@@ -3,5 +3,5 @@
 mod crash;
 mod input;
 
-pub use crash::{Crash, of_dump};
+pub use crash::{Crash, Scene, of_dump};
 pub use input::Input;

@@ -4,10 +4,12 @@
 mod escape;
 mod html;
 mod page;
+mod state;
 mod text;
 mod timeline;
 mod words;
 
 pub use html::html;
 pub use page::{InstructionLine, Moment, Page, Source, Step, Verdict, Write};
+pub use state::sections;
 pub use text::text;
