@@ -18,7 +18,7 @@ const TRIAGE_EXIT_CODES: &str = "Exit codes:
 
 /// Exit codes of `defib diagnose`, printed under its `--help`.
 const DIAGNOSE_EXIT_CODES: &str = "Exit codes:
-  0  a crash was diagnosed
+  0  a crash was diagnosed, or the kernel log of a dump reports one
   1  the input was read and tells of no crash; what the machine was doing is printed all the same
   2  usage or set-up error: no dump and no log, damaged beyond reading, another kernel than the vmlinux's";
 

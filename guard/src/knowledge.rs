@@ -85,6 +85,28 @@ pub fn learn(
     Ok(Learned { kernel: Kernel { facts, layer: None, origin }, layer, taken: start.elapsed() })
 }
 
+/// The same for a dump whose notes tell the build id: a layer that is kept of that kernel is taken at once, without
+/// searching the memory for what kernel it is. Memory has the last word: notes that don't agree with it are not believed.
+///
+/// # Errors
+/// As [`learn`].
+pub fn learn_noted(
+    phys: &dyn PhysMemory,
+    sources: &KnowledgeSources,
+    build_id: Option<BuildId>,
+    vcpus: &[Registers],
+) -> Result<Learned, Error> {
+    let kept = build_id.zip(sources.layers()).filter(|_| sources.vmlinux.is_none());
+    let path = kept.map(|(id, folder)| repair_image::kernel_layer::cache_path(&folder, &id));
+    if let Some(path) = path
+        && let Ok(layer) = KernelLayer::open(&path)
+        && let Ok(learned) = take(phys, of_layer(layer, &path)?, vcpus)
+    {
+        return Ok(learned);
+    }
+    learn(phys, sources, vcpus)
+}
+
 /// Takes the guest layer of a kernel that is known.
 ///
 /// # Errors

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use diagnose::CodeCache;
+use diagnose::console::{self, Report};
 use diagnose::state::{self, Sources, State};
 use diagnose::vmcore::Vmcore;
 use guard::KnowledgeSources;
@@ -26,6 +27,8 @@ pub struct OfDump {
     pub crash: Option<Crash>,
     /// What the machine was doing.
     pub state: State,
+    /// What the kernel itself reported, by the log in its memory.
+    pub reports: Vec<Report>,
 }
 
 /// The kernel in a dump.
@@ -57,6 +60,7 @@ impl OfDump {
             diagnosis: crash.as_ref().map(|crash| &crash.diagnosis),
         };
         let state = state::of(&sources, &mut cache);
+        let reports = state.log.known().map(|log| console::read(log.text().as_bytes()));
         let coverage = dump.coverage();
         let kernel = KernelOf {
             release: scene.release,
@@ -71,6 +75,7 @@ impl OfDump {
             kernel,
             crash,
             state,
+            reports: reports.unwrap_or_default(),
         })
     }
 

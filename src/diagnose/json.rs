@@ -23,7 +23,9 @@ fn of_dump(dump: &OfDump) -> Result<Value> {
     let (ram, captured) = dump.coverage;
     let kernel = &dump.kernel;
     let (diagnosis, plan) = match &dump.crash {
-        Some(crash) => (serde_json::to_value(&crash.diagnosis)?, serde_json::to_value(&crash.plan)?),
+        Some(crash) => {
+            (serde_json::to_value(&crash.diagnosis)?, serde_json::to_value(&crash.plan)?)
+        }
         None => (Value::Null, Value::Null),
     };
     Ok(json!({
@@ -39,6 +41,7 @@ fn of_dump(dump: &OfDump) -> Result<Value> {
         "diagnosis": diagnosis,
         "plan": plan,
         "state": serde_json::to_value(&dump.state)?,
+        "reports": dump.reports,
     }))
 }
 

@@ -30,7 +30,7 @@ pub enum Finding {
 impl Finding {
     fn tells_of_a_crash(&self) -> bool {
         match self {
-            Self::Dump(dump) => dump.crash.is_some(),
+            Self::Dump(dump) => dump.crash.is_some() || !dump.reports.is_empty(),
             Self::Log(log) => !log.reports.is_empty(),
         }
     }

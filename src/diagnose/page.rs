@@ -5,7 +5,7 @@ use diagnose::report::{self, Page, Step, Verdict};
 use super::Finding;
 use super::dump::OfDump;
 use super::log::OfLog;
-use super::text::{NO_CRASH, ONLY_A_LOG, QUIET, of_report, report_facts};
+use super::text::{ONLY_A_LOG, QUIET, no_crash, of_report, report_facts};
 
 pub fn page(finding: &Finding) -> String {
     match finding {
@@ -20,18 +20,26 @@ fn of_dump(dump: &OfDump) -> String {
     match &dump.crash {
         Some(crash) => {
             page.diagnosis = Some(&crash.diagnosis);
-            let taken = crash.plan.rung.map(|rung| format!("The repair that would have been made: {rung}."));
+            let taken = crash
+                .plan
+                .rung
+                .map(|rung| format!("The repair that would have been made: {rung}."));
             page.summary = taken.unwrap_or_else(|| "No repair would have been made.".to_owned());
-            page.plan = crash.plan.actions.iter().map(|action| Step {
-                what: action.what(),
-                why: action.why().to_owned(),
-                preconditions: Vec::new(),
-                done: None,
-            }).collect();
+            page.plan = crash
+                .plan
+                .actions
+                .iter()
+                .map(|action| Step {
+                    what: action.what(),
+                    why: action.why().to_owned(),
+                    preconditions: Vec::new(),
+                    done: None,
+                })
+                .collect();
             let refused = crash.plan.refused.iter();
             page.refusals = refused.map(|it| (it.rung.to_string(), it.text.clone())).collect();
         }
-        None => NO_CRASH.clone_into(&mut page.summary),
+        None => page.summary = no_crash(dump),
     }
     page.texts = report::sections(&dump.state);
     report::html(&page)

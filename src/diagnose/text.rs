@@ -13,13 +13,11 @@ use super::log::OfLog;
 const WIDTH: usize = 120;
 
 /// Said of a dump without a crash.
-pub const NO_CRASH: &str =
-    "No vCPU is crashing: none has the kernel's crash code on its stack. What each was doing stands below.";
+pub const NO_CRASH: &str = "No vCPU is crashing: none has the kernel's crash code on its stack. What each was doing stands below.";
 /// Said of a log without a crash.
 pub const QUIET: &str = "No crash, warning or stall is reported in this log.";
 /// Said of every log.
-pub const ONLY_A_LOG: &str =
-    "From a console log only: this is what the kernel printed, unchecked; offender by the rules of fuzzing dashboards.";
+pub const ONLY_A_LOG: &str = "From a console log only: this is what the kernel printed, unchecked; offender by the rules of fuzzing dashboards.";
 
 pub fn text(finding: &Finding) -> String {
     match finding {
@@ -31,16 +29,27 @@ pub fn text(finding: &Finding) -> String {
 fn of_dump(dump: &OfDump) -> String {
     let mut out = match &dump.crash {
         Some(crash) => report::text(&crash.diagnosis),
-        None => format!("{NO_CRASH}\n"),
+        None => format!("{}\n", no_crash(dump)),
     };
     if let Some(crash) = &dump.crash {
-        let _ = write!(out, "\nRepair that would have been made\n{}\n", indented(&crash.plan.to_string()));
+        let _ = write!(
+            out,
+            "\nRepair that would have been made\n{}\n",
+            indented(&crash.plan.to_string())
+        );
     }
     for (title, text) in report::sections(&dump.state) {
         let _ = write!(out, "\n{title}\n{text}");
     }
     let _ = write!(out, "\nSource\n{}", facts(&dump.facts()));
     out
+}
+
+/// Said of a dump in which nothing crashes at the moment: what the kernel has reported before.
+pub fn no_crash(dump: &OfDump) -> String {
+    let titles =
+        dump.reports.iter().map(|report| format!("\nIts kernel log reports: {}", report.title));
+    std::iter::once(NO_CRASH.to_owned()).chain(titles).collect()
 }
 
 fn indented(text: &str) -> String {
@@ -58,7 +67,8 @@ fn of_log(log: &OfLog) -> String {
     let mut out = format!("{}\n{ONLY_A_LOG}\n\n", cause.title);
     out.push_str(&of_report(cause));
     let others = log.reports.iter().filter(|report| !std::ptr::eq(*report, cause));
-    let lines: String = others.map(|it| format!("  line {:>6}  {}\n", it.first_line, it.title)).collect();
+    let lines: String =
+        others.map(|it| format!("  line {:>6}  {}\n", it.first_line, it.title)).collect();
     if !lines.is_empty() {
         let _ = write!(out, "\nOther reports in this log\n{lines}");
     }
@@ -70,7 +80,8 @@ fn of_log(log: &OfLog) -> String {
 pub fn of_report(report: &Report) -> String {
     let mut out = format!("Facts\n{}", facts(&report_facts(report)));
     let frames: String = report.frames.iter().map(frame).collect();
-    let frames = if frames.is_empty() { "  unknown: the log has none\n".to_owned() } else { frames };
+    let frames =
+        if frames.is_empty() { "  unknown: the log has none\n".to_owned() } else { frames };
     let _ = write!(out, "\nFrames as printed, innermost first (? not certain)\n{frames}");
     let _ = write!(out, "\nModules\n{}", wrapped(&report.modules));
     out
@@ -92,7 +103,10 @@ pub fn report_facts(report: &Report) -> Vec<(&'static str, String)> {
         ("offender", report.offender().unwrap_or_else(unknown)),
         (
             "guilty file",
-            report.file.clone().unwrap_or_else(|| "unknown: the log has no source lines".to_owned()),
+            report
+                .file
+                .clone()
+                .unwrap_or_else(|| "unknown: the log has no source lines".to_owned()),
         ),
         ("task", task),
     ];

@@ -166,11 +166,14 @@ fn locks(waiting: &Waiting) -> String {
             LockKind::Semaphore => "semaphore",
         };
         let name = lock.name.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
-        let owner = match (&lock.owner, lock.held_by_readers, lock.kind) {
+        let owner = match (&lock.owner, lock.owner_gone, lock.kind) {
             (Some(owner), ..) => format!("held by {}", who(owner)),
-            (None, true, _) => "held by readers".to_owned(),
-            (None, false, LockKind::Semaphore) => "a semaphore has no owner".to_owned(),
-            (None, false, _) => "held by nobody".to_owned(),
+            (None, Some(at), _) => {
+                format!("held by a task that has ended ({at:#x}): never released")
+            }
+            (None, None, LockKind::Semaphore) => "a semaphore has no owner".to_owned(),
+            (None, None, _) if lock.held_by_readers => "held by readers".to_owned(),
+            (None, None, _) => "held by nobody".to_owned(),
         };
         let waiters: Vec<String> = lock.waiters.iter().map(who).collect();
         format!("  {kind}{name} at {:#x}: {owner}; waiting: {}\n", lock.at, waiters.join(", "))
@@ -241,11 +244,8 @@ fn log(log: &KernelLog) -> String {
     if log.older > 0 {
         let _ = writeln!(out, "  ... {} older records ...", log.older);
     }
-    for record in &log.records {
-        let (seconds, micros) = (record.at_us / 1_000_000, record.at_us % 1_000_000);
-        for line in record.text.split('\n') {
-            let _ = writeln!(out, "  [{seconds:>5}.{micros:06}] {line}");
-        }
+    for line in log.text().lines() {
+        let _ = writeln!(out, "  {line}");
     }
     if log.unreadable > 0 {
         let _ = writeln!(out, "  {} records are not in the dump", log.unreadable);

@@ -37,6 +37,21 @@ pub struct KernelLog {
     pub unreadable: u64,
 }
 
+impl KernelLog {
+    /// The lines as a console shows them: `[   12.000345] text`.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        for record in &self.records {
+            let (seconds, micros) = (record.at_us / 1_000_000, record.at_us % 1_000_000);
+            for line in record.text.split('\n') {
+                out.push_str(&format!("[{seconds:>5}.{micros:06}] {line}\n"));
+            }
+        }
+        out
+    }
+}
+
 pub(super) fn of(kernel: &Kernel<'_>) -> Result<KernelLog, Error> {
     let ring = Ring::open(kernel)?;
     let count = ring.head.wrapping_sub(ring.tail).wrapping_add(1) & ID;
@@ -155,7 +170,8 @@ mod tests {
             ("text_data_ring.data", 48),
         ];
         let mut guest = Guest::new().object("prb", DATA + 0x500).types(|types| {
-            let types = members.into_iter().fold(types, |types, (name, at)| types.with(RING, name, at, 8));
+            let types =
+                members.into_iter().fold(types, |types, (name, at)| types.with(RING, name, at, 8));
             types
                 .with("prb_desc", "state_var", 0, 8)
                 .with("prb_desc", "text_blk_lpos.begin", 8, 8)

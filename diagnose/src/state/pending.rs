@@ -140,7 +140,8 @@ impl Search<'_> {
             return;
         }
         let found = self.kernel.image.locate(called).filter(|found| found.offset == 0);
-        let function = found.map_or_else(|| format!("{called:#x}"), |it| base_name(it.symbol.name).to_owned());
+        let function =
+            found.map_or_else(|| format!("{called:#x}"), |it| base_name(it.symbol.name).to_owned());
         self.found.push(Pending { kind, at, function, expires_in, cpu });
     }
 

@@ -59,7 +59,8 @@ pub(super) fn of(
     }
     match (of_modules, placed) {
         (0, _) => Section::Unknown(
-            "no frame is a module's, and places of the kernel's own variables are not kept".to_owned(),
+            "no frame is a module's, and places of the kernel's own variables are not kept"
+                .to_owned(),
         ),
         (_, false) => Section::Unknown("there is no debug information of the module".to_owned()),
         _ => Section::Known(found),
@@ -80,7 +81,12 @@ fn value(kernel: &Kernel<'_>, frame: &Frame, variable: &Variable) -> Value {
         (VariableLocation::Register(reg), _) => frame.registers.get(reg),
         _ => at.and_then(|at| kernel.memory.read_u64(at).ok()),
     };
-    Value { name: variable.name.clone(), of: words(&variable.shape), at, value: value.map(GuestVirt) }
+    Value {
+        name: variable.name.clone(),
+        of: words(&variable.shape),
+        at,
+        value: value.map(GuestVirt),
+    }
 }
 
 fn words(shape: &TypeShape) -> String {
@@ -121,7 +127,10 @@ mod tests {
         let found = look(Registers::unknown().with(Reg::Rbx, 0x1234));
         let found = &found.known().unwrap()[0];
         let variable = &found.variables[0];
-        assert_eq!((found.frame, variable.name.as_str(), variable.of.as_str()), (2, "g", "gauge *"));
+        assert_eq!(
+            (found.frame, variable.name.as_str(), variable.of.as_str()),
+            (2, "g", "gauge *")
+        );
         assert_eq!(variable.value, Some(GuestVirt(0x1234)));
         let lost = look(Registers::unknown());
         assert_eq!(lost.known().unwrap()[0].variables[0].value, None);

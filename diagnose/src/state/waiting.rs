@@ -60,6 +60,9 @@ pub struct Lock {
     pub owner: Option<Who>,
     /// Whether readers hold the rwsem: then the kernel does not note who.
     pub held_by_readers: bool,
+    /// Guest-virtual address of an owner that is no task any more: it ended with the lock held, and nobody will ever
+    /// release it.
+    pub owner_gone: Option<GuestVirt>,
     /// Who waits for it, in the order of its list. Sleepers that signals wake are among them.
     pub waiters: Vec<Who>,
 }
@@ -219,7 +222,7 @@ impl Scheme {
         self.lock(kernel, head, waiters, known)
     }
 
-    /// The lock whose list begins at `head`; `None` when its owner is no task.
+    /// The lock whose list begins at `head`; `None` when its owner can't be a task.
     fn lock(
         &self,
         kernel: &Kernel<'_>,
@@ -235,15 +238,23 @@ impl Scheme {
         };
         let held_by_readers = self.kind == LockKind::Rwsem && word & READER_OWNED != 0;
         let address = word & !self.flags;
-        let owner = known.get(&GuestVirt(address)).map(|task| who(task));
+        let address = GuestVirt(address);
+        if address.0 != 0 && (!address.is_kernel_half() || address.0 & 7 != 0) {
+            return None;
+        }
+        let owner = known.get(&address).map(|task| who(task));
         // The last reader is kept there, too, and may have ended since.
-        let owner = match (owner, held_by_readers) {
-            (_, true) => None,
-            (None, false) if address != 0 => return None,
-            (owner, false) => owner,
-        };
-        let name = name(kernel, at);
-        Some(Lock { at, kind: self.kind, name, owner, held_by_readers, waiters })
+        let owner = owner.filter(|_| !held_by_readers);
+        let gone = owner.is_none() && !held_by_readers && address.0 != 0;
+        Some(Lock {
+            at,
+            kind: self.kind,
+            name: name(kernel, at),
+            owner,
+            held_by_readers,
+            owner_gone: gone.then_some(address),
+            waiters,
+        })
     }
 }
 
@@ -259,7 +270,8 @@ fn name(kernel: &Kernel<'_>, at: GuestVirt) -> Option<String> {
         None => return None,
     };
     let before = knowledge.symbols().take_while(|symbol| symbol.at.0 <= link);
-    let symbol = before.filter(|symbol| link - symbol.at.0 < symbol.size.clamp(1, SYMBOL_MAX)).last()?;
+    let symbol =
+        before.filter(|symbol| link - symbol.at.0 < symbol.size.clamp(1, SYMBOL_MAX)).last()?;
     let offset = link - symbol.at.0;
     let place = module.map(|module| format!(" [{}]", module.name)).unwrap_or_default();
     Some(match offset {
@@ -363,6 +375,14 @@ mod tests {
     }
 
     #[test]
+    fn an_owner_that_has_ended_is_told() {
+        let mut guest = guest();
+        guest.poke_u64(LOCK, DATA + 0x7001);
+        let lock = look(&mut guest).unwrap();
+        assert_eq!((lock.owner, lock.owner_gone), (None, Some(GuestVirt(DATA + 0x7000))));
+    }
+
+    #[test]
     fn a_list_that_does_not_hold_together_tells_of_no_lock() {
         for (at, value) in [
             (LOCK + 24, 0),
@@ -391,6 +411,7 @@ mod tests {
             name: None,
             owner: Some(who(owner)),
             held_by_readers: false,
+            owner_gone: None,
             waiters: Vec::new(),
         };
         let mut waiting = Waiting {
