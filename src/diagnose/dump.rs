@@ -49,7 +49,8 @@ impl OfDump {
         sources: &KnowledgeSources,
         policy: &Policy,
     ) -> Result<Self> {
-        let scene = Scene::of(&mut dump, sources)?;
+        let mut scene = Scene::of(&mut dump, sources)?;
+        let refused = scene.learn_modules(&sources.debug_dirs);
         let mut cache = CodeCache::default();
         let crash = scene.crash(&dump, policy, &mut cache);
         let sources = Sources {
@@ -71,7 +72,7 @@ impl OfDump {
             name,
             format: dump.format().to_string(),
             coverage: (coverage.ram, coverage.captured),
-            remarks: dump.remarks().iter().map(ToString::to_string).collect(),
+            remarks: dump.remarks().iter().map(ToString::to_string).chain(refused).collect(),
             kernel,
             crash,
             state,

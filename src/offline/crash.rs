@@ -1,12 +1,14 @@
 //! The crash in a dump: its diagnosis, and what repair would have been made. Reads only.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 use diagnose::vmcore::Vmcore;
 use diagnose::{CodeCache, Diagnosis};
 use guard::{KnowledgeSources, Learned};
 use guest::{Hook, HookKind, Machine, Registers, Vcpu};
 use quarantine::{Plan, Policy, Situation, Strikes};
-use repair_image::{RepairImage, Vmcoreinfo};
+use repair_image::{DebugFiles, RepairImage, Vmcoreinfo};
 
 /// A crash.
 pub struct Crash {
@@ -44,6 +46,18 @@ impl Scene {
             .collect::<Result<Vec<_>, _>>()
             .context("registers")?;
         Ok(Self { learned, image, vcpus, release: release(core) })
+    }
+
+    /// Learns the modules whose debug files are found, and says which files were refused and why.
+    pub fn learn_modules(&mut self, debug_dirs: &[PathBuf]) -> Vec<String> {
+        if debug_dirs.is_empty() {
+            return Vec::new();
+        }
+        let facts = &self.learned.kernel.facts;
+        let report = self.learned.layer.load_debug_files(facts, &DebugFiles::new(debug_dirs));
+        self.image = RepairImage::assemble(facts, &self.learned.layer);
+        let refused = report.into_iter().flat_map(|(_, search)| search.refused);
+        refused.map(|(path, error)| format!("{} is not used: {error}", path.display())).collect()
     }
 
     /// The crash; `None` when no vCPU is crashing.

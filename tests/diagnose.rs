@@ -1,0 +1,195 @@
+//! `defib diagnose` as a user types it, on the real dump of a guest that crashed in a driver, with a lock held that
+//! somebody else waits for; on its console log; and on what is no dump at all.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use corpus::lab::{Kernel, Snapshot, VmConfig, drivers};
+use serde_json::{Value, json};
+
+/// One of the pair reads from NULL with the mutex held, the other one waits for it.
+const CRASH: &str = "crash crash_locks pair mutex-waited,wait-mutex 3000";
+const OFFENDER: &str = "mutex_with_waiter";
+const WAITER: &str = "wait_for_mutex";
+
+/// What a crash has left, in the folder of the build: nothing removes it at the end of the tests.
+struct Made {
+    folder: PathBuf,
+    dump: String,
+    log: String,
+    /// `--vmlinux` and `--debug-dir`, with their values.
+    knowledge: Vec<String>,
+}
+
+fn made() -> &'static Made {
+    static MADE: OnceLock<Made> = OnceLock::new();
+    MADE.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("diagnose");
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(&folder).unwrap();
+        let name = |file: &str| folder.join(file).to_str().unwrap().to_owned();
+        let kernel = Kernel::find("6.1").unwrap();
+        let vmlinux = kernel.needed_vmlinux().unwrap();
+        let drivers = drivers(&kernel).unwrap();
+        let modules = drivers[0].with_debug.parent().unwrap();
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        let knowledge =
+            ["--vmlinux".to_owned(), text(&vmlinux), "--debug-dir".to_owned(), text(modules)];
+        let mut vm = Snapshot::cached(&VmConfig::new(kernel)).unwrap().restore().unwrap();
+        vm.agent().command("load crash_locks").unwrap();
+        assert!(vm.agent().command_within(CRASH, Duration::from_secs(3)).is_err(), "no crash");
+        let (dump, log) = (name("vmcore"), name("console.log"));
+        let arguments = json!({ "paging": false, "protocol": format!("file:{dump}") });
+        vm.control().command("dump-guest-memory", arguments).unwrap();
+        fs::copy(vm.serial_log(), &log).unwrap();
+        Made { folder, dump, log, knowledge: knowledge.to_vec() }
+    })
+}
+
+fn defib(arguments: &[&str]) -> (i32, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_defib"));
+    let Output { status, stdout, stderr } =
+        command.arg("diagnose").args(arguments).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    (status.code().unwrap_or(-1), text(stdout), text(stderr))
+}
+
+/// What is said of the dump in a format.
+fn of_dump(format: &str) -> String {
+    let made = made();
+    let mut arguments = vec![made.dump.as_str(), "--format", format];
+    arguments.extend(made.knowledge.iter().map(String::as_str));
+    let (code, stdout, stderr) = defib(&arguments);
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    stdout
+}
+
+#[track_caller]
+fn must_hold(said: &str, words: &[&str]) {
+    for word in words {
+        assert!(said.contains(word), "{word:?} is missing in:\n{said}");
+    }
+}
+
+#[test]
+fn people_read_who_is_at_fault_and_who_waits() {
+    let said = of_dump("text");
+    assert!(said.starts_with("BUG: unable to handle kernel NULL pointer dereference in"), "{said}");
+    must_hold(&said, &["The driver crash_locks is at fault", OFFENDER, "crash_locks.c:"]);
+    must_hold(&said, &["Repair that would have been made", "why not rung 1", "mutex"]);
+    must_hold(&said, &["(vCPU 0)", "(vCPU 1)", "ledger *", "Kernel panic - not syncing"]);
+    must_hold(&said, &["Blocked tasks", WAITER, "held by "]);
+    assert!(said.lines().all(|line| line.chars().count() <= 120));
+}
+
+#[test]
+fn scripts_read_the_same_facts() {
+    let answer: Value = serde_json::from_str(&of_dump("json")).unwrap();
+    let at = |path: &str| answer.pointer(path).unwrap_or_else(|| panic!("no {path}"));
+    assert_eq!((at("/schema"), at("/input/kind")), (&json!(1), &json!("dump")));
+    assert_eq!(at("/diagnosis/class/kind"), "null_dereference");
+    assert_eq!(at("/diagnosis/offender/module"), "crash_locks");
+    assert_eq!(at("/diagnosis/offender/function"), OFFENDER);
+    assert!(at("/diagnosis/offender/source/file").as_str().unwrap().ends_with("crash_locks.c"));
+    assert_eq!(at("/plan/rung"), &Value::Null, "inside panic() it is too late for a repair");
+
+    let crashed = at("/diagnosis/task/pid");
+    let tasks = at("/state/tasks/known").as_array().unwrap();
+    let of_crash = tasks.iter().find(|task| &task["pid"] == crashed).expect("the crashed task");
+    assert!(of_crash["on_cpu"].is_number() && tasks.len() > 20, "{of_crash}");
+    let cpus = at("/state/cpus").as_array().unwrap();
+    assert_eq!(cpus.len(), 2);
+    assert_eq!(cpus.iter().filter(|cpu| cpu["doing"] == "crashed").count(), 1);
+    assert!(cpus.iter().all(|cpu| cpu.pointer("/backtrace/known/frames/0").is_some()));
+
+    let blocked = at("/state/waiting/known/blocked").as_array().unwrap();
+    let waits = |task: &&Value| {
+        let frames = task.pointer("/backtrace/known/frames").and_then(Value::as_array);
+        frames.is_some_and(|frames| frames.iter().any(|frame| frame["function"] == WAITER))
+    };
+    let waiter = blocked.iter().find(waits).expect("who waits in the driver");
+    let locks = at("/state/waiting/known/locks").as_array().unwrap();
+    let lock = locks.iter().find(|lock| lock["at"] == waiter["lock"]).expect("its lock");
+    assert_eq!((&lock["kind"], &lock["owner"]["pid"]), (&json!("mutex"), crashed));
+    assert_eq!(lock["waiters"][0]["pid"], waiter["task"]["pid"]);
+    let held = at("/diagnosis/all_effects/held").as_array().unwrap();
+    assert!(held.iter().any(|held| held["lock"] == lock["at"]), "the same lock by two ways");
+
+    let variables = at("/state/variables/known").as_array().unwrap().iter();
+    let mut names = variables.flat_map(|frame| frame["variables"].as_array().unwrap());
+    assert!(names.any(|variable| variable["of"] == "ledger *" && variable["value"].is_string()));
+    let modules = at("/state/modules").as_array().unwrap();
+    assert!(modules.iter().any(|it| it["name"] == "crash_locks" && it["taints"] == "OE"));
+    assert!(at("/state/memory/known/total").as_u64().unwrap() > 10_000);
+    assert_eq!(at("/reports/0/signature"), at("/diagnosis/signature"), "the kernel says the same");
+}
+
+#[test]
+fn a_browser_needs_nothing_else() {
+    let said = of_dump("html");
+    must_hold(&said, &["<!DOCTYPE html>", OFFENDER, WAITER, "Refused", "Blocked tasks", "</html>"]);
+    for outside in ["http://", "https://", "<script", "src=", "<link"] {
+        assert!(!said.contains(outside), "{outside}");
+    }
+}
+
+#[test]
+fn a_log_is_marked_as_such() {
+    let made = made();
+    let (code, said, _) = defib(&[&made.log]);
+    assert_eq!(code, 0, "{said}");
+    must_hold(
+        &said,
+        &["From a console log only", OFFENDER, "[crash_locks]", "guilty file  unknown"],
+    );
+    let (_, json, _) = defib(&[&made.log, "--format", "json"]);
+    let answer: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(answer.pointer("/reports/0/module"), Some(&json!("crash_locks")));
+    let quiet = made.folder.join("quiet");
+    fs::write(&quiet, "[    1.0] all is well\n").unwrap();
+    assert_eq!(defib(&[quiet.to_str().unwrap()]).0, 1);
+}
+
+#[test]
+fn what_is_no_dump_is_refused_and_damage_is_no_panic() {
+    let made = made();
+    let file = made.folder.join("damaged");
+    let name = file.to_str().unwrap();
+    let run = |bytes: &[u8]| {
+        fs::write(&file, bytes).unwrap();
+        let knowledge = made.knowledge.iter().take(2).map(String::as_str);
+        defib(&std::iter::once(name).chain(knowledge).collect::<Vec<_>>())
+    };
+    for bytes in [&b""[..], b"\x7fELF\x02\x01\x01", b"\x07\x03\xc8\x01\x05\0\0", b"QEVM\0\0\0\x03"]
+    {
+        let (code, said, error) = run(bytes);
+        assert_eq!((code, said.as_str()), (2, ""), "{error}");
+        assert!(error.starts_with("defib: cannot use") && !error.contains("panicked"), "{error}");
+    }
+    // The header and a half of the memory: whatever is missing is said.
+    let dump = fs::read(&made.dump).unwrap();
+    let (code, _, error) = run(&dump[..dump.len() / 2]);
+    assert!((0..=2).contains(&code) && !error.contains("panicked"), "{code}: {error}");
+    // A page of noise over every 64th one.
+    let mut noisy = dump;
+    for (index, page) in noisy.chunks_mut(4096).enumerate().skip(64).step_by(64) {
+        page.fill(index as u8);
+    }
+    let (code, _, error) = run(&noisy);
+    assert!((0..=2).contains(&code) && !error.contains("panicked"), "{code}: {error}");
+    fs::remove_file(&file).unwrap();
+}
+
+#[test]
+fn another_kernels_vmlinux_is_refused() {
+    let made = made();
+    let Ok(other) = Kernel::find("6.12").and_then(|kernel| kernel.needed_vmlinux()) else {
+        panic!("scripts/setup installs 6.12, too");
+    };
+    let (code, said, error) = defib(&[&made.dump, "--vmlinux", other.to_str().unwrap()]);
+    assert_eq!((code, said.as_str()), (2, ""));
+    assert!(error.contains("cannot diagnose"), "{error}");
+}
