@@ -5,7 +5,7 @@ use diagnose::report::{self, Page, Step, Verdict};
 use super::Finding;
 use super::dump::OfDump;
 use super::log::OfLog;
-use super::text::{ONLY_A_LOG, QUIET, no_crash, of_report, report_facts};
+use super::text::{AS_IT_STANDS, ONLY_A_LOG, QUIET, no_crash, of_report, report_facts};
 
 pub fn page(finding: &Finding) -> String {
     match finding {
@@ -24,7 +24,8 @@ fn of_dump(dump: &OfDump) -> String {
                 .plan
                 .rung
                 .map(|rung| format!("The repair that would have been made: {rung}."));
-            page.summary = taken.unwrap_or_else(|| "No repair would have been made.".to_owned());
+            let taken = taken.unwrap_or_else(|| "No repair would have been made.".to_owned());
+            page.summary = format!("{taken} {AS_IT_STANDS}");
             page.plan = crash
                 .plan
                 .actions

@@ -9,11 +9,14 @@ use super::Finding;
 use super::dump::OfDump;
 use super::log::OfLog;
 
-/// Modules of a log in one line of text.
+/// Columns at most, as in `diagnose::report`.
 const WIDTH: usize = 120;
 
 /// Said of a dump without a crash.
 pub const NO_CRASH: &str = "No vCPU is crashing: none has the kernel's crash code on its stack. What each was doing stands below.";
+/// Said of every plan: a guard stops the CPU at the first instruction of the crash code.
+pub const AS_IT_STANDS: &str = "Planned from the state in the dump. A guard steps in before panic() and the reports \
+    have changed it, and may repair what is refused here.";
 /// Said of a log without a crash.
 pub const QUIET: &str = "No crash, warning or stall is reported in this log.";
 /// Said of every log.
@@ -34,7 +37,8 @@ fn of_dump(dump: &OfDump) -> String {
     if let Some(crash) = &dump.crash {
         let _ = write!(
             out,
-            "\nRepair that would have been made\n{}\n",
+            "\nRepair that would have been made\n{}",
+            indented(AS_IT_STANDS),
             indented(&crash.plan.to_string())
         );
     }
@@ -52,8 +56,24 @@ pub fn no_crash(dump: &OfDump) -> String {
     std::iter::once(NO_CRASH.to_owned()).chain(titles).collect()
 }
 
+/// Lines two columns in, wrapped between words.
 fn indented(text: &str) -> String {
-    text.lines().map(|line| format!("  {line}\n")).collect::<String>().trim_end().to_owned()
+    let mut out = String::new();
+    for line in text.lines() {
+        let (mut column, mut first) = (0, true);
+        for word in line.split_inclusive(' ') {
+            let width = word.trim_end().chars().count();
+            if first || column + width > WIDTH {
+                out.push_str(if first { "  " } else { "\n      " });
+                column = if first { 2 } else { 6 };
+                first = false;
+            }
+            out.push_str(word);
+            column += word.chars().count();
+        }
+        out.push('\n');
+    }
+    out
 }
 
 fn facts(facts: &[(&'static str, String)]) -> String {
@@ -155,4 +175,41 @@ fn wrapped(words: &[String]) -> String {
         line.push_str(word);
     }
     out + &line + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OOPS: &str = "\
+[   10.0] BUG: kernel NULL pointer dereference, address: 0000000000000000
+[   10.0] #PF: supervisor write access in kernel mode
+[   10.0] Oops: 0002 [#1] PREEMPT SMP NOPTI
+[   10.0] CPU: 0 PID: 1 Comm: init Tainted: G           O       6.1.0-1-amd64 #1
+[   10.0] RIP: 0010:toy_write+0x8/0x20 [toy]
+[   10.0] Call Trace:
+[   10.0]  <TASK>
+[   10.0]  vfs_write+0xc7/0x3a0
+[   10.0]  </TASK>
+[   10.0] Modules linked in: toy(O)
+[   10.0] ---[ end trace 0000000000000000 ]---
+";
+
+    #[test]
+    fn a_log_is_told_with_what_it_does_not_say() {
+        let said = text(&Finding::Log(OfLog::read("console".to_owned(), OOPS.as_bytes())));
+        for word in ["toy_write [toy]", "init (pid 1)", ONLY_A_LOG, "guilty file  unknown: "] {
+            assert!(said.contains(word), "{word}: {said}");
+        }
+        let quiet = text(&Finding::Log(OfLog::read("console".to_owned(), b"hello\n")));
+        assert_eq!(quiet.trim_end(), QUIET);
+    }
+
+    #[test]
+    fn a_long_sentence_of_a_plan_is_wrapped() {
+        let said = indented(&"word ".repeat(60));
+        assert!(said.lines().all(|line| line.trim_end().chars().count() <= WIDTH), "{said}");
+        assert_eq!(said.split_whitespace().count(), 60);
+        assert_eq!(indented("one\ntwo"), "  one\n  two\n");
+    }
 }

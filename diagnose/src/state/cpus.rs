@@ -110,7 +110,7 @@ mod tests {
         guest.poke_u64(DATA + 0x5040, DATA + 0x1000);
         let image = guest.image();
         let space = guest.machine.space();
-        let mut look = |registers: Registers| {
+        let look = |registers: Registers| {
             let kernel = Kernel::new(&image, &space, &registers);
             of(&kernel, &registers, 3, None, &mut CodeCache::default())
         };
