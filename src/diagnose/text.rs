@@ -37,7 +37,7 @@ fn of_dump(dump: &OfDump) -> String {
     if let Some(crash) = &dump.crash {
         let _ = write!(
             out,
-            "\nRepair that would have been made\n{}",
+            "\nRepair that would have been made\n{}{}",
             indented(AS_IT_STANDS),
             indented(&crash.plan.to_string())
         );
