@@ -10,6 +10,7 @@
 #include <linux/module.h>
 #include <linux/pgtable.h>
 #include <linux/refcount.h>
+#include <linux/smp.h>
 
 #include "crash.h"
 
@@ -238,15 +239,31 @@ static int waits_for_cpu(void *unused)
 	return 0;
 }
 
+/* For a tenth of a second at most. */
+static void park(void *parked)
+{
+	int ms;
+
+	atomic_inc(parked);
+	for (ms = 0; ms < 100; ms++)
+		mdelay(1);
+}
+
 /* A stray write to a task that waits for this CPU: the next change of the run queue would follow it. */
 static int fault_run_queue(struct recorder *r)
 {
 	struct task_struct *waiter = kthread_create(waits_for_cpu, NULL, "crash_waiter");
+	static atomic_t parked;
 
 	if (IS_ERR(waiter))
 		return PTR_ERR(waiter);
 	get_cpu();
 	kthread_bind(waiter, smp_processor_id());
+	/* Whoever wakes a task of this CPU meanwhile would crash first, or write what is right over it. */
+	atomic_set(&parked, 0);
+	smp_call_function(park, &parked, 0);
+	while (atomic_read(&parked) < num_online_cpus() - 1)
+		cpu_relax();
 	local_irq_disable();
 	wake_up_process(waiter);
 	WRITE_ONCE(waiter->se.run_node.__rb_parent_color, 0x1000);

@@ -91,24 +91,40 @@ impl<M: Machine> Guard<M> {
 
     /// The part that the guest waits for.
     fn repair(&mut self, stop: Stop, handled: &mut Handled) -> Result<(), Error> {
-        let vcpus = all_registers(&mut self.machine)?;
+        let mut vcpus = all_registers(&mut self.machine)?;
         let registers = vcpus.get(stop.vcpu.0).ok_or(Error::UnknownVcpu(stop.vcpu))?;
         if let Some(why) = self.session.why_not_in_kernel(self.machine.phys(), registers) {
             return Err(Error::NotInKernel { vcpu: stop.vcpu, why });
         }
         self.session.refresh_from_memory(self.machine.phys())?;
         handled.phases.push(("registers", stop.at.elapsed()));
-        let diagnosis = diagnose::diagnose(
+        let diagnosis = handled.diagnosis.insert(self.diagnose(stop, handled.hook, registers)?);
+        let image = &self.session.image;
+        let settled = quarantine::settle(&mut self.machine, image, diagnosis);
+        if settled.map_err(Error::Unsettled)? {
+            vcpus = all_registers(&mut self.machine)?;
+            let registers = vcpus.get(stop.vcpu.0).ok_or(Error::UnknownVcpu(stop.vcpu))?;
+            handled.diagnosis = Some(self.diagnose(stop, handled.hook, registers)?);
+        }
+        handled.phases.push(("diagnosed", stop.at.elapsed()));
+        self.treat(stop.at, &vcpus, handled)
+    }
+
+    fn diagnose(
+        &mut self,
+        stop: Stop,
+        hook: Hook,
+        registers: &Registers,
+    ) -> Result<Diagnosis, Error> {
+        diagnose::diagnose(
             &self.session.image,
             self.machine.phys(),
             registers,
-            Some(handled.hook),
+            Some(hook),
             stop.vcpu,
             &mut self.session.cache,
-        );
-        handled.diagnosis = Some(diagnosis.map_err(Error::Diagnosis)?);
-        handled.phases.push(("diagnosed", stop.at.elapsed()));
-        self.treat(stop.at, &vcpus, handled)
+        )
+        .map_err(Error::Diagnosis)
     }
 
     /// Plans and carries out what the diagnosis calls for. The guest stands since `stopped`.

@@ -88,6 +88,9 @@ pub enum Error {
     /// There is nothing to start a diagnosis from.
     #[error("no diagnosis")]
     Diagnosis(#[source] diagnose::Error),
+    /// The other vCPUs could not be brought to where the guest can be judged.
+    #[error("the other vCPUs")]
+    Unsettled(#[source] quarantine::Error),
     /// Nothing may be done about this crash; the plan says why.
     #[error("every rung is refused")]
     EveryRungRefused,

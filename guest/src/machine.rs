@@ -288,6 +288,14 @@ pub trait Call {
         end: GuestVirt,
         limit: Duration,
     ) -> Result<CallOutcome, MachineError>;
+
+    /// Lets the other vCPUs run for `limit` while `vcpu` stands, for them to give back what they hold.
+    /// `true` when one of them has met something instead: that ends it early, is kept for
+    /// [`Control::wait`], and that vCPU stands until then.
+    ///
+    /// # Errors
+    /// When the backend fails. The machine stands again where it can be made to.
+    fn run_others(&mut self, vcpu: Vcpu, limit: Duration) -> Result<bool, MachineError>;
 }
 
 /// How a run under control ended.

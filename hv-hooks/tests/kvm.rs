@@ -43,6 +43,7 @@ tests! {
     hook_is_met_and_passed both_vcpus_meet_a_hook_at_once disarmed_hooks_do_nothing
     hooks_under_vcpus_that_run_freely calls_return_registers calls_with_four_hooks calls_that_crash
     calls_that_do_not_end call_wakes_a_sleeper other_vcpus_run_and_stop_during_a_call
+    others_run_while_one_stands
     a_vcpu_that_does_not_come a_vcpu_that_was_not_started a_vcpu_whose_thread_ends
     fresh_memory_comes_and_goes
     fresh_memory_collides memslots_in_use_are_left_alone triple_fault_is_the_guards_first
@@ -346,6 +347,25 @@ fn call_wakes_a_sleeper() {
     let regs = call_registers(&mut machine, at::function());
     let outcome = machine.run_until(Vcpu(0), &regs, at::function_end(), LIMIT).unwrap();
     assert_eq!(reached(outcome).get(Reg::Rax), Some(42));
+}
+
+fn others_run_while_one_stands() {
+    let (_vm, mut machine) = armed(&[at::spin(), at::spin()], &[panic_hook()]);
+    machine.stop().unwrap();
+    let counts = |machine: &mut Kvm| [0, 1].map(|vcpu| get(machine, vcpu, Reg::Rbx));
+    let before = counts(&mut machine);
+    let met = machine.run_others(Vcpu(0), Duration::from_millis(20)).unwrap();
+    let after = counts(&mut machine);
+    assert!(!met && !machine.is_running());
+    assert!(after[0] == before[0] && after[1] != before[1], "{before:?} {after:?}");
+    // What one of them meets ends it, and is told next.
+    let onto = Registers::unknown().with(Reg::Rip, at::hooking().0);
+    machine.set_registers(Vcpu(1), &onto).unwrap();
+    assert!(machine.run_others(Vcpu(0), LIMIT).unwrap());
+    assert!(machine.run_others(Vcpu(0), LIMIT).unwrap(), "it was not told yet");
+    assert_eq!(counts(&mut machine)[0], before[0]);
+    let stop = wait(&mut machine);
+    assert_eq!((stop.vcpu, stop.reason), (Vcpu(1), StopReason::Hook(panic_hook())));
 }
 
 fn other_vcpus_run_and_stop_during_a_call() {

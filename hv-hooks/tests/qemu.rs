@@ -290,6 +290,16 @@ fn hooks_are_hit_and_passed_and_calls_end() {
     let late = qemu.run_until(Vcpu(0), &regs, GuestVirt(0x9000), short);
     assert!(matches!(late, Err(MachineError::Timeout { .. })));
     assert!(!qemu.is_running());
+    // While the other vCPU stands, this one runs to what it meets, and stays there.
+    qemu.arm(&[hook]).unwrap();
+    qemu.set_registers(Vcpu(0), &regs).unwrap();
+    assert!(qemu.run_others(Vcpu(1), LIMIT).unwrap());
+    assert!(!qemu.is_running());
+    let stop = qemu.wait(LIMIT).unwrap().expect("a stop");
+    assert_eq!((stop.vcpu, stop.reason), (Vcpu(0), StopReason::Hook(hook)));
+    assert!(qemu.run_others(Vcpu(1), LIMIT).unwrap(), "it stands on a hook");
+    assert!(!qemu.run_others(Vcpu(0), short).unwrap(), "the other has nothing to do");
+    assert_eq!(qemu.registers(Vcpu(0)).unwrap().rip(), Some(hook.at));
 }
 
 #[test]

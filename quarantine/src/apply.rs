@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::action::{Action, Expected};
 use crate::guest_call::{self, Called, GuestCall};
 use crate::journal::{Deed, Journal};
-use crate::{Error, Plan, invariants};
+use crate::{Error, Plan, bystanders, invariants};
 
 /// What became of a plan. The machine still stands; resuming it is the caller's.
 #[derive(Clone, Debug, Serialize)]
@@ -42,7 +42,7 @@ pub fn apply(
     let mut hand = Hand { machine, image, journal };
     let mut called = Called::default();
     let result = carry_out(plan, &mut hand, &mut called);
-    match result.and_then(|steps| check_soundness(plan, &hand).map(|()| steps)) {
+    match result.and_then(|steps| check_soundness(plan, &mut hand).map(|()| steps)) {
         Ok(steps) => {
             let bytes_written = hand.bytes_written(mark);
             Ok(Applied { steps, calls: called.returned, bytes_written })
@@ -52,8 +52,12 @@ pub fn apply(
 }
 
 /// A function that was called may have run into what the crash broke.
-fn check_soundness(plan: &Plan, hand: &Hand<'_>) -> Result<(), Error> {
+fn check_soundness(plan: &Plan, hand: &mut Hand<'_>) -> Result<(), Error> {
     let Some(current) = plan.current else { return Ok(()) };
+    if plan.calls_guest() {
+        // The others ran meanwhile, and stand somewhere else now.
+        bystanders::wait(hand.machine, hand.image, plan.vcpu, current)?;
+    }
     let memory = space(hand.machine, hand.image);
     invariants::after(hand.image, &memory, current).map_err(Error::Unsound)
 }

@@ -24,6 +24,12 @@ pub enum Error {
     /// The plan was carried out, but the guest is not sound enough to go on.
     #[error("the guest must not go on after the repair")]
     Unsound(#[source] crate::Reason),
+    /// What another CPU was changing when it crashed stays half changed.
+    #[error("another CPU crashed with {lock} taken")]
+    OtherCrash {
+        /// The lock, in words.
+        lock: &'static str,
+    },
     /// The plan takes no rung.
     #[error("the plan has nothing to apply: every rung was refused")]
     NothingToDo,

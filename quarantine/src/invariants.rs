@@ -71,9 +71,7 @@ fn task_list(kernel: &Structures<'_>, task: GuestVirt) -> Result<(), Reason> {
         return Ok(());
     };
     // Whoever changes the list was perhaps stopped between two writes.
-    let lock = image.address_of("tasklist_lock");
-    let lock = lock.and_then(|lock| kernel.memory.read_uint(lock, 4).ok());
-    if lock.is_none_or(|word| word & WRITER != 0) {
+    if image.address_of("tasklist_lock").is_none() || task_list_is_taken(kernel) {
         return Ok(());
     }
     let leader = GuestVirt(kernel.need(task, "task_struct", "group_leader")?);
@@ -81,6 +79,13 @@ fn task_list(kernel: &Structures<'_>, task: GuestVirt) -> Result<(), Reason> {
     let ended = || kernel.memory.read_u64(leader + tasks.offset + 8).ok() == Some(LIST_POISON2);
     let process = if idle || ended() { init } else { leader };
     walk(kernel.memory, process + tasks.offset)
+}
+
+/// Whether somebody changes the list of all processes, or waits to.
+pub(crate) fn task_list_is_taken(kernel: &Structures<'_>) -> bool {
+    let lock = kernel.image.address_of("tasklist_lock");
+    let word = lock.and_then(|lock| kernel.memory.read_uint(lock, 4).ok());
+    word.is_some_and(|word| word & WRITER != 0)
 }
 
 /// Whether the neighbours of a `struct list_head` point back, some steps each way.

@@ -6,6 +6,7 @@ mod action;
 mod activity;
 mod apply;
 mod boundaries;
+mod bystanders;
 mod callbacks;
 mod core_return;
 mod counts;
@@ -40,6 +41,7 @@ mod warning;
 
 pub use action::{Action, Expected, SavedWord};
 pub use apply::{Applied, apply};
+pub use bystanders::settle;
 pub use error::Error;
 pub use journal::{Deed, Entry, Journal};
 pub use plan::{Plan, Rung, Situation, plan};

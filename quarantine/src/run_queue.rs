@@ -16,10 +16,7 @@ const COLOUR: u64 = 3;
 pub(crate) fn check(kernel: &Structures<'_>, current: Current) -> Result<(), Reason> {
     let queue = current.cpu.and_then(|cpu| kernel.image.per_cpu("runqueues", cpu));
     let Some(queue) = queue else { return Ok(()) };
-    // `rq.lock` before commit 5cb9eaa3d274 ("sched: Wrap rq::lock access", v5.14).
-    let lock = ["__lock", "lock"].into_iter().find_map(|lock| kernel.member_at(queue, "rq", lock));
-    let word = lock.and_then(|lock| kernel.memory.read_uint(lock, 4).ok());
-    if word != Some(0) {
+    if lock_word(kernel, queue) != Some(0) {
         return Ok(());
     }
     let running = kernel.need(queue, "rq", "curr")?;
@@ -32,6 +29,19 @@ pub(crate) fn check(kernel: &Structures<'_>, current: Current) -> Result<(), Rea
     let group = kernel.number(current.task, "task_struct", "se.cfs_rq")?.map(GuestVirt);
     trees.extend(group.filter(|group| !trees.contains(group)));
     trees.into_iter().try_for_each(|tree| walk(kernel, tree))
+}
+
+/// Whether somebody changes the queue of the CPU that crashed.
+pub(crate) fn is_taken(kernel: &Structures<'_>, current: Current) -> bool {
+    let queue = current.cpu.and_then(|cpu| kernel.image.per_cpu("runqueues", cpu));
+    queue.and_then(|queue| lock_word(kernel, queue)).is_some_and(|word| word != 0)
+}
+
+/// The word of a queue's spinlock: 0 when nobody has it or waits for it.
+fn lock_word(kernel: &Structures<'_>, queue: GuestVirt) -> Option<u64> {
+    // `rq.lock` before commit 5cb9eaa3d274 ("sched: Wrap rq::lock access", v5.14).
+    let lock = ["__lock", "lock"].into_iter().find_map(|lock| kernel.member_at(queue, "rq", lock));
+    lock.and_then(|lock| kernel.memory.read_uint(lock, 4).ok())
 }
 
 /// Whether the nodes next to the root of a `struct cfs_rq`'s tree name their parents.

@@ -10,7 +10,7 @@ use guest::{
 };
 use vm_memory::GuestMemoryBackend;
 
-use super::shared::{CallEnding, Job, Place, RunningCall, StandsOn, State};
+use super::shared::{CallEnding, Job, Place, RunningCall, Slot, StandsOn, State};
 use super::{KvmMachine, of_kvm};
 use crate::Error;
 use crate::deadline::deadline;
@@ -76,6 +76,10 @@ impl<M: GuestMemoryBackend> Call for KvmMachine<M> {
             Some(CallEnding::Died(reason)) => Err(of_kvm(Error::CallCut(reason))),
             None => Err(MachineError::Timeout { what: "a call into the guest", after: limit }),
         }
+    }
+
+    fn run_others(&mut self, vcpu: Vcpu, limit: Duration) -> Result<bool, MachineError> {
+        self.let_others_run(vcpu, deadline(limit)).map_err(of_kvm)
     }
 }
 
@@ -195,6 +199,27 @@ impl<M: GuestMemoryBackend> KvmMachine<M> {
             disarmed?;
         }
         Ok(Some(stop))
+    }
+
+    /// `true` when another vCPU has met something that was not reported yet. Whatever comes of it, the guest stands.
+    fn let_others_run(&self, vcpu: Vcpu, until: Instant) -> Result<bool, Error> {
+        self.must_stand("letting other vCPUs run")?;
+        let mut state = self.shared.lock();
+        if state.stops.is_empty() {
+            let may = |other, slot: &Slot| other != vcpu && !stays(slot.stands_on);
+            self.shared.release(&mut state, may);
+        }
+        while state.stops.is_empty() && !state.ended {
+            let (next, in_time) = self.shared.wait_for_news(state, until);
+            state = next;
+            if !in_time {
+                break;
+            }
+        }
+        self.shared.halt(&mut state);
+        let (state, stands) = self.shared.settle(state);
+        stands?;
+        Ok(!state.stops.is_empty())
     }
 
     /// A call; `None` when the time is over. Whatever comes of it, the guest stands, and the call's end is no breakpoint

@@ -22,7 +22,7 @@
 //! that thread, to which the guard's thread gives one [`Job`] at a time.
 //!
 //! `may_run` is what the guard wants, per vCPU:
-//! - the guard clears it for all in `stop` and sets it in `resume`, `run_until` and when it leaves;
+//! - the guard clears it for all in `stop` and sets it in `resume`, `run_until`, `run_others` and when it leaves;
 //! - a vCPU that meets something clears it for all (for itself, when the guest runs for a call), in the same critical
 //!   section in which it queues the [`Stop`]. So no vCPU runs on while the guard wakes.
 //!

@@ -73,6 +73,10 @@ impl Call for Qemu {
         }
         outcome
     }
+
+    fn run_others(&mut self, vcpu: Vcpu, limit: Duration) -> Result<bool, MachineError> {
+        Ok(self.let_others_run(vcpu, deadline(limit))?)
+    }
 }
 
 /// A call under way.
@@ -134,6 +138,29 @@ impl Qemu {
             self.stub.run(&[], &call.held)?;
         }
         self.abandon(&call, after)
+    }
+
+    /// `true` when another vCPU stands on a hook, now or from before.
+    fn let_others_run(&mut self, vcpu: Vcpu, until: Instant) -> Result<bool, Error> {
+        let mut held = self.standing_on_hooks()?;
+        if held.iter().any(|&other| other != vcpu) {
+            return Ok(true);
+        }
+        held = vec![vcpu];
+        if held.len() == self.at_hook.len() {
+            return Ok(false);
+        }
+        self.stub.run(&[], &held)?;
+        let (reply, at) = match self.stub.receive_stop(until)? {
+            Some(stop) => stop,
+            None => self.stub.interrupt()?,
+        };
+        let stop = self.explain(reply, at)?;
+        let met = stop.reason != StopReason::Foreign;
+        if met {
+            self.pending = self.pending.take().or(Some(stop));
+        }
+        Ok(met)
     }
 
     /// Stops all vCPUs. If they were stopped by something else in the same moment, `wait` reports that.

@@ -41,19 +41,31 @@ pub(crate) enum Fail {
     StopAfterCall(u32),
     /// Setting registers, except to restore them.
     Registers,
+    /// Another vCPU meets a hook when the others run.
+    OtherCrash,
+    /// None: after so many turns of the others, the 32-bit word there is 0.
+    LockGivenBack { after: usize, at: GuestVirt },
 }
 
 /// The double.
 pub(crate) struct Double {
     pub(crate) machine: FakeMachine,
     pub(crate) fresh: Option<FreshRegion>,
+    /// How often the other vCPUs ran.
+    pub(crate) turns: usize,
     fail: Option<Fail>,
     writes: u32,
+    vcpus: usize,
 }
 
 impl Double {
     pub(crate) fn new(machine: FakeMachine, fail: Option<Fail>) -> Self {
-        Self { machine, fresh: None, fail, writes: 0 }
+        Self { machine, fresh: None, turns: 0, fail, writes: 0, vcpus: 1 }
+    }
+
+    pub(crate) fn with_vcpus(mut self, vcpus: usize) -> Self {
+        self.vcpus = vcpus;
+        self
     }
 
     fn fails(&mut self, fail: Fail) -> bool {
@@ -93,7 +105,7 @@ impl Machine for Double {
     }
 
     fn vcpu_count(&self) -> usize {
-        1
+        self.vcpus
     }
 
     fn registers(&mut self, vcpu: Vcpu) -> Result<Registers, MachineError> {
@@ -206,5 +218,15 @@ impl Call for Double {
             }
         }
         Ok(CallOutcome::Reached(self.machine.registers(vcpu)?))
+    }
+
+    fn run_others(&mut self, _vcpu: Vcpu, _limit: Duration) -> Result<bool, MachineError> {
+        self.turns += 1;
+        if let Some(Fail::LockGivenBack { after, at }) = self.fail
+            && self.turns >= after
+        {
+            self.machine.poke_virt(at, &[0; 4]);
+        }
+        Ok(self.fails(Fail::OtherCrash))
     }
 }
