@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * A mailbox whose handlers wait for an answer that never comes, or for locks that they hold themselves: nothing
- * faults, but a processor makes no progress any more. The self-check tells whether every lock can be taken, and
- * whether timers still come through.
+ * faults, but a processor makes no progress any more. The self-check tells whether every lock can be taken,
+ * whether timers still come through, and whether every reader of RCU ends.
  */
 #include <linux/completion.h>
 #include <linux/kthread.h>
 #include <linux/miscdevice.h>
 #include <linux/module.h>
+#include <linux/rcupdate.h>
 #include <linux/timer.h>
 
 #include "crash.h"
@@ -60,6 +61,27 @@ static long poll_under_mutex(struct mailbox *b)
 	while (!READ_ONCE(b->answered)) /* CRASH: loop-mutex */
 		;
 	mutex_unlock(&b->lock);
+	return 0;
+}
+
+/* What stock kernels tell as an RCU stall, once for the reader and once for the processor. */
+static long poll_as_reader(struct mailbox *b)
+{
+	rcu_read_lock();
+	while (!READ_ONCE(b->answered)) /* CRASH: loop-rcu */
+		;
+	rcu_read_unlock();
+	return 0;
+}
+
+static long poll_as_reader_without_preemption(struct mailbox *b)
+{
+	preempt_disable();
+	rcu_read_lock();
+	while (!READ_ONCE(b->answered)) /* CRASH: loop-rcu-preempt-off */
+		;
+	rcu_read_unlock();
+	preempt_enable();
 	return 0;
 }
 
@@ -195,6 +217,8 @@ static const struct {
 	{ "loop-irqs-off", poll_with_irqs_off },
 	{ "loop-spinlock", poll_under_spinlock },
 	{ "loop-mutex", poll_under_mutex },
+	{ "loop-rcu", poll_as_reader },
+	{ "loop-rcu-preempt-off", poll_as_reader_without_preemption },
 	{ "wait-spinlock", wait_for_spinlock },
 	{ "wait-mutex", wait_for_mutex },
 	{ "loop-timer", arm_timer },
@@ -242,6 +266,8 @@ static const char *lost(struct mailbox *b)
 	mod_timer(&b->probe, jiffies + 1);
 	if (!wait_for_completion_timeout(&b->probed, HZ))
 		return "timer";
+	/* A reader that never ends would keep this process here. */
+	synchronize_rcu();
 	return NULL;
 }
 

@@ -5,7 +5,7 @@ use crate::scenario::Class::{
     EndlessLoop, EndlessLoopIrqsOff, SpinlockCycle, SpinlockSelfDeadlock,
 };
 use crate::scenario::Context::{KernelThread, Softirq};
-use crate::scenario::Resource::{IrqsOff, Mutex, PreemptionOff, Spinlock, SpinlockIrqsave};
+use crate::scenario::Resource::{IrqsOff, Mutex, PreemptionOff, Rcu, Spinlock, SpinlockIrqsave};
 use crate::scenario::Sight;
 
 const HANG: &str = "crash_hang";
@@ -32,6 +32,9 @@ pub(super) const CASES: &[Case] = &[
     Case::new("loop-mutex-waited", HANG, EndlessLoop, &[Mutex])
         .by("pair", "loop-mutex,wait-mutex")
         .waited_for(),
+    // What stock kernels tell as an RCU stall.
+    Case::new("loop-rcu", HANG, EndlessLoop, &[Rcu]),
+    Case::new("loop-rcu-preempt-off", HANG, EndlessLoop, &[Rcu, PreemptionOff]),
     // A processor that waits for itself, or two for each other. The lock that is waited for counts as taken once;
     // on the way to it, preemption (and interrupts) went off already.
     Case::new("spinlock-twice", HANG, SpinlockSelfDeadlock, &[Spinlock, PreemptionOff]),
