@@ -5,6 +5,8 @@ use guest::{CodeAddress, GuestVirt, Hook, Registers, Vcpu};
 use repair_image::{Damage, Prototype, SourceFrame};
 use serde::Serialize;
 
+use crate::asleep::Queued;
+
 /// What kind of crash it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
@@ -64,6 +66,10 @@ pub enum CrashClass {
     SpinlockSelfDeadlock,
     /// CPUs spin for locks that each other's frames hold.
     SpinlockCycle,
+    /// A task sleeps for a lock that it holds itself.
+    LockSelfDeadlock,
+    /// Tasks sleep for locks that each other hold.
+    LockCycle,
     /// Text of a function that the fault met is not what it was.
     TextCorruption,
     /// A word of read-only data that the fault met is not what it was.
@@ -386,4 +392,7 @@ pub struct Diagnosis {
     pub damage: Vec<Damage>,
     /// What the kernel's message says (`panic()` text, BUG file and line), if any.
     pub message: Option<String>,
+    /// The lock in whose queue the task stands, if that is what is to be ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queued: Option<Queued>,
 }

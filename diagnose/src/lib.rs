@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+pub mod asleep;
 mod boundary;
 mod class;
 pub mod code;
@@ -112,6 +113,7 @@ pub fn diagnose(
         all_effects,
         damage: text.damage,
         message: finding.message,
+        queued: None,
     })
 }
 

@@ -97,6 +97,8 @@ fn phrase(class: &CrashClass) -> &str {
         CrashClass::EndlessLoopIrqsOff => "endless loop with interrupts off",
         CrashClass::SpinlockSelfDeadlock => "spinlock taken twice",
         CrashClass::SpinlockCycle => "spinlocks taken in opposite orders",
+        CrashClass::LockSelfDeadlock => "lock taken twice by one task",
+        CrashClass::LockCycle => "locks taken in opposite orders",
         CrashClass::Other { reporter } => reporter,
     }
 }

@@ -150,6 +150,7 @@ pub(crate) fn diagnosis() -> Diagnosis {
         }),
         core_exits: Vec::new(),
         damage: Vec::new(),
+        queued: None,
         all_effects: Some(effects),
         message: None,
     }

@@ -134,6 +134,25 @@ impl FakeTypes {
         types
     }
 
+    /// The same with locks that are slept for.
+    fn with_locks(mut self) -> Self {
+        for (structure, path, offset, size) in [
+            ("list_head", "next", 8, 8),
+            ("list_head", "prev", 0, 8),
+            ("mutex", "owner", 8, 8),
+            ("mutex", "wait_lock", 4, 4),
+            ("mutex", "wait_list", 0x10, 16),
+            ("mutex_waiter", "list", 8, 16),
+            ("rw_semaphore", "count", 0, 8),
+            ("rw_semaphore", "wait_lock", 8, 4),
+            ("rw_semaphore", "wait_list", 0x10, 16),
+            ("rwsem_waiter", "list", 8, 16),
+        ] {
+            self.members.insert((structure, path), (offset, size));
+        }
+        self
+    }
+
     fn offset(&self, structure: &str, path: &str) -> u64 {
         let found = self.members.iter().find(|(key, _)| **key == (structure, path));
         found.expect("member of the fake kernel").1.0
@@ -239,7 +258,7 @@ pub(crate) const PREEMPT_COUNT: GuestVirt = GuestVirt(PER_CPU.0 + 0x20);
 pub(crate) const RAM: u64 = 8 << 20;
 
 /// Kernel functions of the fake kernel, 0x40 bytes each.
-const FUNCTIONS: [&str; 17] = [
+const FUNCTIONS: [&str; 19] = [
     "vfs_write",
     "mutex_unlock",
     "up_write",
@@ -257,6 +276,8 @@ const FUNCTIONS: [&str; 17] = [
     "_raw_spin_lock",
     "_raw_spin_lock_irqsave",
     "signal_wake_up_state",
+    "sched_tick",
+    "wake_up_process",
 ];
 /// Driver functions: name, and what they return (`None` = not known).
 const DRIVER: [(&str, Option<&str>); 6] = [
@@ -300,7 +321,7 @@ impl Scene {
         pages(&mut machine, MODULE_TEXT, 0x11_0000, 4);
         pages(&mut machine, DATA, 0x12_0000, 4);
         pages(&mut machine, STACK, 0x13_0000, STACK_SIZE / 4096);
-        let types = FakeTypes::linux();
+        let types = FakeTypes::linux().with_locks();
         let mut scene = Self {
             image: image(&machine, types.clone()),
             machine,
@@ -516,6 +537,7 @@ impl Scene {
             }),
             core_exits: Vec::new(),
             damage: Vec::new(),
+            queued: None,
             all_effects: Some(FrameEffects::default()),
             message: None,
         }

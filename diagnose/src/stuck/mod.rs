@@ -237,6 +237,7 @@ fn found(spot: Spot, class: CrashClass) -> Found {
         damage: Vec::new(),
         all_effects: spot.all_effects,
         message: None,
+        queued: None,
     };
     Found { diagnosis, call: spot.call, values: spot.values }
 }

@@ -1,0 +1,153 @@
+//! A task of a circle that was woken and stands where it goes on: what a repair needs to know of it. Its frames are
+//! those of an ordinary call into a driver, from which an error can be returned.
+
+use guest::{Hook, HookKind, PhysMemory, Registers, Vcpu};
+use repair_image::RepairImage;
+use thiserror::Error;
+
+use super::{Circle, LOCKING, SleepingLock};
+use crate::boundary::{self, Scene};
+use crate::code::CodeCache;
+use crate::fault::Fault;
+use crate::kernel::Kernel;
+use crate::names::function;
+use crate::unwind::{self, Limits, Start};
+use crate::{
+    Confirmation, CrashClass, Diagnosis, Frame, FrameEffects, Held, Offender, ResourceKind,
+    context, offender, signature, task,
+};
+
+/// Frames at most.
+const FRAMES_MAX: usize = 512;
+/// Bits of the preempt count that count: bit 31 is the scheduler's.
+const COUNT_BITS: u32 = 0x7fff_ffff;
+
+/// Why a circle can't be opened by ending one task's call.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum NotCaught {
+    /// No driver waits in it.
+    #[error("none of the tasks waits on behalf of a driver")]
+    NobodyToGiveUp,
+    /// It does not stand where it was expected.
+    #[error("the task does not stand where it waits")]
+    Elsewhere,
+    /// The preempt count is not what it is where a task sleeps for a lock.
+    #[error("the preempt count is {found:#x}, not {expected:#x}")]
+    PreemptCount {
+        /// What it is.
+        found: u32,
+        /// What it must be.
+        expected: u32,
+    },
+    /// No driver is seen to be the cause.
+    #[error("no driver is seen to be the cause")]
+    NoDriver,
+    /// There is no caller of the driver that could be returned to.
+    #[error("no caller of the driver was found that can be returned to")]
+    NoBoundary,
+}
+
+/// Diagnoses the first task of the circle, which stands on `vcpu` with these registers where it was woken; the guest
+/// stands, and the circle was found unchanged.
+///
+/// # Errors
+/// It can't be told how to end its call.
+pub fn caught(
+    image: &RepairImage,
+    phys: &dyn PhysMemory,
+    registers: &Registers,
+    vcpu: Vcpu,
+    circle: &Circle,
+    cache: &mut CodeCache,
+) -> Result<Diagnosis, NotCaught> {
+    cache.look_again();
+    let victim = circle.victim()?;
+    let space = image.placement.space(phys);
+    let kernel = Kernel::new(image, &space, registers);
+    let fault = frames(&kernel, registers, cache).ok_or(NotCaught::Elsewhere)?;
+    let mut evidence = circle.describe();
+    let cpu = context::cpu(&kernel, registers);
+    let context = context::of(&kernel, registers, &cpu, &fault, &mut evidence);
+    let found = context.preempt_count.unwrap_or_default() & COUNT_BITS;
+    if found != victim.preempt_count {
+        return Err(NotCaught::PreemptCount { found, expected: victim.preempt_count });
+    }
+    let at = cpu.current.filter(|&at| at == victim.sleeper.position.task);
+    let mut task = at.and_then(|at| task::read(&kernel, at).ok());
+    if let Some(task) = &mut task {
+        task.syscall = task::syscall(&kernel, &fault.frames, &fault.end);
+    }
+    let offender = offender::of(&fault, &context, task.as_ref(), &mut evidence);
+    let offender = offender.filter(|it| matches!(it, Offender::Driver { .. }));
+    let offender = offender.ok_or(NotCaught::NoDriver)?;
+    let scene = Scene { kernel: &kernel, fault: &fault, context: &context, current: cpu.current };
+    let mut boundary = boundary::of(&scene, cache, &mut evidence).ok_or(NotCaught::NoBoundary)?;
+    let mut all_effects = boundary::all_effects(&scene, cache);
+    add_count(&mut boundary.effects, victim.preempt_count, &fault);
+    if let Some(effects) = &mut all_effects {
+        add_count(effects, victim.preempt_count, &fault);
+    }
+    let class = Some(match circle.waiters.as_slice() {
+        [_] => CrashClass::LockSelfDeadlock,
+        _ => CrashClass::LockCycle,
+    });
+    Ok(Diagnosis {
+        hook: Some(Hook { kind: HookKind::Stuck, at: victim.resumes_at }),
+        vcpu,
+        title: signature::title(class.as_ref(), &fault, Some(&offender), None),
+        signature: signature::id(class.as_ref(), &fault),
+        class,
+        context,
+        task,
+        fault_frame: fault.at,
+        fault_regs_at: None,
+        unwind_end: fault.end,
+        frames: fault.frames,
+        offender: Some(offender),
+        evidence,
+        explanation: None,
+        boundary: Some(boundary),
+        core_exits: Vec::new(),
+        all_effects,
+        damage: Vec::new(),
+        message: None,
+        queued: Some(victim.queued),
+    })
+}
+
+/// The frames from the registers outward. The lock's functions hold nothing but the preempt count, so their caller
+/// is the innermost frame that counts.
+fn frames(kernel: &Kernel<'_>, registers: &Registers, cache: &mut CodeCache) -> Option<Fault> {
+    let start = Start::of(registers)?;
+    let limits = Limits { frames: FRAMES_MAX };
+    let (frames, end) = unwind::walk(kernel.image, kernel.memory, cache, &start, limits);
+    let locks = |frame: &&Frame| frame.module.is_none() && LOCKING.contains(&function(frame));
+    let waits = frames.first().and_then(|frame| SleepingLock::waited_for_in(function(frame)));
+    let at = frames.iter().take_while(locks).count();
+    let found = waits.is_some() && at > 0 && at < frames.len();
+    found.then_some(Fault {
+        frames,
+        end,
+        at,
+        regs_at: None,
+        exception: None,
+        detector: None,
+        found,
+    })
+}
+
+/// What the lock's function added to the preempt count: it is checked to be all there is.
+fn add_count(effects: &mut FrameEffects, count: u32, fault: &Fault) {
+    let Some(frame) = fault.frames.first().filter(|_| count > 0) else { return };
+    effects.preempt_delta = effects.preempt_delta.saturating_add(i64::from(count));
+    effects.held.push(Held {
+        kind: ResourceKind::Preemption,
+        lock: None,
+        name: None,
+        frame: 0,
+        taken_at: frame.pc.ip(),
+        confirmed: Confirmation::NotApplicable,
+        saved_interrupts: None,
+    });
+}
