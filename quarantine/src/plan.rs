@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::invariants::{self, Current};
 use crate::{
     Action, Policy, Reason, Refusal, Standing, Strikes, core_return, driver, error_return, process,
-    stack_end, text, warning,
+    queue, stack_end, text, warning,
 };
 
 /// A rung of the recovery ladder that repairs in place.
@@ -236,7 +236,10 @@ fn attempt(
         invariants::before(situation.image, situation.memory, current)?;
     }
     let mark = stack_end::restore(situation)?;
+    let out_of_queue = queue::leave(situation)?;
     let mut steps = rung_steps(situation, policy, standing, rung)?;
+    // First of all: whoever unlocks looks at the queue.
+    steps.actions.splice(0..0, out_of_queue);
     steps.actions.splice(0..0, mark);
     Ok(steps)
 }
