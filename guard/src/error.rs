@@ -20,6 +20,12 @@ pub enum Error {
     /// The machine could not do what was asked.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// Tasks that slept for each other's locks do so no more.
+    #[error("the tasks do not wait for each other any more")]
+    CircleOpen,
+    /// It can't be told how to end the call of a task that sleeps for its lock.
+    #[error(transparent)]
+    NotCaught(diagnose::asleep::NotCaught),
     /// The observer could not be told.
     #[error("the guard's events cannot be passed on")]
     Observer(#[from] io::Error),

@@ -8,6 +8,7 @@ use guest::{Control, Hook, HookKind, Hooks, Machine, Registers, Stop, StopReason
 use quarantine::{Policy, Strikes};
 use serde_json::{Value, json};
 
+use crate::asleep::Asleep;
 use crate::core_file::CoreFiles;
 use crate::session::Session;
 use crate::stuck::Stuck;
@@ -46,6 +47,7 @@ pub struct Guard<M: Machine> {
     pub(crate) watch: Watch,
     pub(crate) cores: CoreFiles,
     pub(crate) stuck: Stuck,
+    pub(crate) asleep: Asleep,
     /// The guest stands for our sake: we stopped it, or it waits for our answer to a stop.
     held: bool,
     begun: Instant,
@@ -93,6 +95,7 @@ impl<M: Machine> Guard<M> {
             watch: Watch::default(),
             cores: CoreFiles::default(),
             stuck: Stuck::default(),
+            asleep: Asleep::default(),
             held: false,
             begun: Instant::now(),
             incidents: 0,
@@ -175,7 +178,13 @@ impl<M: Machine> Guard<M> {
     fn on_stop(&mut self, stop: Stop) -> Result<bool, Error> {
         self.held = !is_foreign(stop.reason);
         match stop.reason {
-            StopReason::Hook(hook) if hook.kind == HookKind::Watched => self.on_watched(stop)?,
+            StopReason::Hook(hook) if hook.kind == HookKind::Watched => {
+                if self.is_chasing() {
+                    self.on_chased(stop, hook)?;
+                } else {
+                    self.on_watched(stop)?;
+                }
+            }
             StopReason::Hook(hook) => self.on_crash(stop, hook)?,
             StopReason::Reset => self.on_reset()?,
             StopReason::TripleFault => self.on_death(stop, "triple_fault", "triple fault")?,
@@ -203,13 +212,18 @@ impl<M: Machine> Guard<M> {
             self.session.announce_modules(&mut *self.observer)?;
         }
         self.look_after()?;
-        self.look_at_progress()
+        // Both have one hook more to arm, and one only.
+        if !self.is_chasing() {
+            self.look_at_progress()?;
+        }
+        self.look_at_sleepers()
     }
 
     /// The guest was reset: all that is known of its memory is void until it has booted again.
     fn on_reset(&mut self) -> Result<(), Error> {
         self.watch.wait_for_boot();
         self.stuck = Stuck::default();
+        self.asleep = Asleep::default();
         self.let_go()?;
         self.say("reset", json!({}), "the guest was reset; waiting until it has booted")
     }
@@ -256,7 +270,7 @@ impl<M: Machine> Guard<M> {
     }
 
     /// Does `work` while the guest stands, and lets it run on if it ran.
-    fn standing<T>(
+    pub(crate) fn standing<T>(
         &mut self,
         work: impl FnOnce(&mut Self) -> Result<T, Error>,
     ) -> Result<T, Error> {

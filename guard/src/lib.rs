@@ -28,6 +28,7 @@
 //! off and a guest that stood for the guard's sake runs on.
 #![forbid(unsafe_code)]
 
+mod asleep;
 mod core_file;
 mod crash;
 mod error;

@@ -40,6 +40,13 @@ pub struct Stuck {
     looked: Option<Instant>,
 }
 
+impl Stuck {
+    /// Whether a call is suspected, and its function watched.
+    pub fn suspects(&self) -> bool {
+        self.suspicion.is_some()
+    }
+}
+
 /// A call that may never return.
 struct Suspicion {
     cpu: usize,
@@ -116,7 +123,7 @@ impl<M: Machine> Guard<M> {
     }
 
     /// The task that a vCPU of a guest that stands executes.
-    fn current_of(&mut self, vcpu: Vcpu) -> Option<guest::GuestVirt> {
+    pub(crate) fn current_of(&mut self, vcpu: Vcpu) -> Option<guest::GuestVirt> {
         let registers = self.machine.registers(vcpu).ok()?;
         let image = &self.session.image;
         let memory = image.placement.space(self.machine.phys());
