@@ -16,7 +16,8 @@
 struct mailbox {
 	int answered;                   /* never set: the mistake */
 	spinlock_t fast, other;
-	struct mutex lock;
+	struct mutex lock, second;
+	struct rw_semaphore sem, twin;
 	atomic_t partners;
 	struct timer_list timer, probe;
 	struct completion probed;
@@ -26,6 +27,9 @@ static struct mailbox box = {
 	.fast = __SPIN_LOCK_UNLOCKED(box.fast),
 	.other = __SPIN_LOCK_UNLOCKED(box.other),
 	.lock = __MUTEX_INITIALIZER(box.lock),
+	.second = __MUTEX_INITIALIZER(box.second),
+	.sem = __RWSEM_INITIALIZER(box.sem),
+	.twin = __RWSEM_INITIALIZER(box.twin),
 };
 
 static long poll_answer(struct mailbox *b)
@@ -195,6 +199,103 @@ static long spinlocks_reversed(struct mailbox *b)
 	return both_spinlocks(b, &b->other, &b->fast);
 }
 
+/* The same without keeping a processor. */
+static void rest_until_met(struct mailbox *b)
+{
+	int patience = 1000;
+
+	atomic_inc(&b->partners);
+	while (atomic_read(&b->partners) < 2 && patience-- > 0)
+		msleep(1);
+}
+
+static long mutex_twice(struct mailbox *b)
+{
+	mutex_lock(&b->lock);
+	mutex_lock(&b->lock); /* CRASH: mutex-twice */
+	b->answered = 0;
+	mutex_unlock(&b->lock);
+	mutex_unlock(&b->lock);
+	return 0;
+}
+
+/* The last to lock: its partner sleeps already. */
+static long mutexes_in_order(struct mailbox *b)
+{
+	mutex_lock(&b->lock);
+	rest_until_met(b);
+	msleep(200);
+	mutex_lock(&b->second); /* CRASH: mutex-abba */
+	b->answered = 0;
+	mutex_unlock(&b->second);
+	mutex_unlock(&b->lock);
+	return 0;
+}
+
+static long mutexes_reversed(struct mailbox *b)
+{
+	mutex_lock(&b->second);
+	rest_until_met(b);
+	mutex_lock(&b->lock);
+	b->answered = 0;
+	mutex_unlock(&b->lock);
+	mutex_unlock(&b->second);
+	return 0;
+}
+
+static long write_twice(struct mailbox *b)
+{
+	down_write(&b->sem);
+	down_write(&b->sem); /* CRASH: rwsem-twice */
+	b->answered = 0;
+	up_write(&b->sem);
+	up_write(&b->sem);
+	return 0;
+}
+
+static long read_what_it_writes(struct mailbox *b)
+{
+	down_write(&b->sem);
+	down_read(&b->sem); /* CRASH: rwsem-write-read */
+	b->answered = 0;
+	up_read(&b->sem);
+	up_write(&b->sem);
+	return 0;
+}
+
+static long write_what_it_reads(struct mailbox *b)
+{
+	down_read(&b->sem);
+	down_write(&b->sem); /* CRASH: rwsem-read-write */
+	b->answered = 0;
+	up_write(&b->sem);
+	up_read(&b->sem);
+	return 0;
+}
+
+static long writers_in_order(struct mailbox *b)
+{
+	down_write(&b->sem);
+	rest_until_met(b);
+	msleep(200);
+	down_write(&b->twin); /* CRASH: rwsem-abba */
+	b->answered = 0;
+	up_write(&b->twin);
+	up_write(&b->sem);
+	return 0;
+}
+
+static long writers_reversed(struct mailbox *b)
+{
+	down_write(&b->twin);
+	rest_until_met(b);
+	down_write(&b->sem);
+	b->answered = 0;
+	up_write(&b->sem);
+	up_write(&b->twin);
+	return 0;
+}
+
 /* Legitimate: long, in one call, without a break for four seconds; then with breaks. */
 static long work_hard(struct mailbox *b)
 {
@@ -227,6 +328,14 @@ static const struct {
 	{ "irqsave-twice", irqsave_twice },
 	{ "spinlock-abba", spinlocks_in_order },
 	{ "spinlock-baab", spinlocks_reversed },
+	{ "mutex-twice", mutex_twice },
+	{ "mutex-abba", mutexes_in_order },
+	{ "mutex-baab", mutexes_reversed },
+	{ "rwsem-twice", write_twice },
+	{ "rwsem-write-read", read_what_it_writes },
+	{ "rwsem-read-write", write_what_it_reads },
+	{ "rwsem-abba", writers_in_order },
+	{ "rwsem-baab", writers_reversed },
 	{ "busy", work_hard },
 };
 
@@ -262,6 +371,15 @@ static const char *lost(struct mailbox *b)
 	if (!crash_trylock(mutex_trylock(&b->lock)))
 		return "mutex";
 	mutex_unlock(&b->lock);
+	if (!crash_trylock(mutex_trylock(&b->second)))
+		return "second-mutex";
+	mutex_unlock(&b->second);
+	if (!crash_trylock(down_write_trylock(&b->sem)))
+		return "rwsem";
+	up_write(&b->sem);
+	if (!crash_trylock(down_write_trylock(&b->twin)))
+		return "twin-rwsem";
+	up_write(&b->twin);
 	reinit_completion(&b->probed);
 	mod_timer(&b->probe, jiffies + 1);
 	if (!wait_for_completion_timeout(&b->probed, HZ))

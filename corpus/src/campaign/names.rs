@@ -9,10 +9,14 @@ pub(crate) fn text(value: &Value, pointer: &str) -> String {
     value.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
-/// The kinds of the held resources listed at `pointer`, sorted.
+/// The kinds of the held resources listed at `pointer`, sorted. What functions of the kernel further in than the
+/// place of the fault added by themselves is no part of a case: it differs by version.
 pub(crate) fn held(diagnosis: &Value, pointer: &str) -> String {
     let list = diagnosis.pointer(pointer).and_then(Value::as_array).cloned().unwrap_or_default();
-    let mut kinds: Vec<String> = list.iter().map(|held| text(held, "/kind")).collect();
+    let number = |value: &Value, name: &str| value.get(name).and_then(Value::as_u64);
+    let fault = number(diagnosis, "fault_frame").unwrap_or(0);
+    let own = list.iter().filter(|held| number(held, "frame").is_none_or(|frame| frame >= fault));
+    let mut kinds: Vec<String> = own.map(|held| text(held, "/kind")).collect();
     kinds.sort();
     kinds.join(" ")
 }
@@ -41,6 +45,8 @@ pub(crate) fn class(class: Class) -> &'static str {
         Class::EndlessLoopIrqsOff => "endless_loop_irqs_off",
         Class::SpinlockSelfDeadlock => "spinlock_self_deadlock",
         Class::SpinlockCycle => "spinlock_cycle",
+        Class::LockSelfDeadlock => "lock_self_deadlock",
+        Class::LockCycle => "lock_cycle",
         Class::DoubleFree => "double_free",
         Class::Fortify => "fortify",
         Class::StackProtector => "stack_protector",

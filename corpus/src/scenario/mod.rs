@@ -41,6 +41,10 @@ pub enum Class {
     SpinlockSelfDeadlock,
     /// Spinlocks whose holders wait for each other.
     SpinlockCycle,
+    /// A mutex or rw_semaphore that its holder sleeps for.
+    LockSelfDeadlock,
+    /// Such locks whose holders sleep for each other.
+    LockCycle,
     /// The allocator's check for an object freed twice.
     DoubleFree,
     /// The check of the fortified string functions.

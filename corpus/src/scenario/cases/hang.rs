@@ -2,10 +2,13 @@
 
 use crate::scenario::Case;
 use crate::scenario::Class::{
-    EndlessLoop, EndlessLoopIrqsOff, SpinlockCycle, SpinlockSelfDeadlock,
+    EndlessLoop, EndlessLoopIrqsOff, LockCycle, LockSelfDeadlock, SpinlockCycle,
+    SpinlockSelfDeadlock,
 };
 use crate::scenario::Context::{KernelThread, Softirq};
-use crate::scenario::Resource::{IrqsOff, Mutex, PreemptionOff, Rcu, Spinlock, SpinlockIrqsave};
+use crate::scenario::Resource::{
+    IrqsOff, Mutex, PreemptionOff, Rcu, RwsemRead, RwsemWrite, Spinlock, SpinlockIrqsave,
+};
 use crate::scenario::Sight;
 
 const HANG: &str = "crash_hang";
@@ -48,4 +51,15 @@ pub(super) const CASES: &[Case] = &[
         .by("pair", "spinlock-abba,spinlock-baab")
         .waited_for()
         .either_way(),
+    // The same with locks that are slept for: no processor is kept busy.
+    Case::new("mutex-twice", HANG, LockSelfDeadlock, &[Mutex]),
+    Case::new("mutex-abba", HANG, LockCycle, &[Mutex])
+        .by("pair", "mutex-abba,mutex-baab")
+        .waited_for(),
+    Case::new("rwsem-twice", HANG, LockSelfDeadlock, &[RwsemWrite]),
+    Case::new("rwsem-write-read", HANG, LockSelfDeadlock, &[RwsemWrite]),
+    Case::new("rwsem-read-write", HANG, LockSelfDeadlock, &[RwsemRead]),
+    Case::new("rwsem-abba", HANG, LockCycle, &[RwsemWrite])
+        .by("pair", "rwsem-abba,rwsem-baab")
+        .waited_for(),
 ];
