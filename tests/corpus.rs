@@ -30,6 +30,8 @@ const ON_6_12: &[&str] = &[
     "loop-irqs-off",
     "spinlock-twice",
     "spinlock-abba",
+    "mutex-abba",
+    "rwsem-read-write",
     "stack-end",
     "task-list",
     "run-queue",
@@ -61,6 +63,7 @@ const WITHOUT_FILES: &[&str] = &[
     "napi-poll",
     "loop",
     "spinlock-twice",
+    "mutex-abba",
     "opcode",
     "idt-gate",
 ];
