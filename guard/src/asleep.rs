@@ -16,8 +16,9 @@ use crate::guard::{Guard, all_registers};
 
 /// Time between two looks at all tasks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// A look may take no more than one part in so many of the time.
-const SHARE: u32 = 50;
+/// A look may take no more than one part in so many of the time, unless looks would then be too far apart.
+const SHARE: u32 = 20;
+const LOOK_EVERY_MAX: Duration = Duration::from_secs(2);
 /// Sleepers whose stacks are looked at, at one look.
 const LOOKED_AT_MAX: usize = 64;
 /// How long a tick, or the task that was woken, is waited for.
@@ -89,18 +90,27 @@ impl<M: Machine> Guard<M> {
         }
         let found = self.sleepers(now);
         self.asleep.looked = Some(now);
-        self.asleep.rest = LOOK_EVERY.max(now.elapsed() * SHARE);
+        self.asleep.rest = (now.elapsed() * SHARE).clamp(LOOK_EVERY, LOOK_EVERY_MAX);
         let (circle, hung) = found;
         let before = self.asleep.circle.take();
         if let Some(circle) = circle {
             let same = before.filter(|(before, _)| before.is_same(&circle));
+            // It stood for so long before the try that failed.
+            let again = same.is_some() && self.was_tried(&circle);
             let since = same.map_or(now, |(_, since)| since);
             self.asleep.circle = Some((circle.clone(), since));
-            if now.saturating_duration_since(since) >= limit {
+            if again || now.saturating_duration_since(since) >= limit {
                 return self.on_circle(circle);
             }
         }
         self.tell_hung(hung)
+    }
+
+    /// Whether it was tried to end this circle before.
+    fn was_tried(&self, circle: &Circle) -> bool {
+        let first = circle.waiters.first();
+        let key = first.map(|first| (first.sleeper.position.task, first.queued.lock));
+        self.asleep.tried.iter().any(|it| Some((it.0, it.1)) == key)
     }
 
     /// A circle among those who have slept since the last look, and who has slept for too long. What can't be read of
