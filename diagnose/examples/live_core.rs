@@ -11,7 +11,7 @@ use defib_diagnose::live_core::{Contents, Limits, Snapshot};
 use defib_diagnose::vmcore::Vmcore;
 use defib_diagnose::{CodeCache, diagnose};
 use guest::{Hook, HookKind, Machine, Registers, Vcpu};
-use repair_image::{GuestLayer, KernelFacts, KernelLayer, MappedFile, RepairImage};
+use repair_image::{GuestLayer, KernelFacts, KernelLayer, KernelText, MappedFile, RepairImage};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().collect();
@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let vcpus = (0..core.vcpu_count())
         .map(|vcpu| core.registers(Vcpu(vcpu)))
         .collect::<Result<Vec<Registers>, _>>()?;
-    let guest = GuestLayer::take(core.phys(), &facts, &vcpus)?;
+    let guest = GuestLayer::take(core.phys(), &facts, &vcpus, KernelText::Left)?;
     let image = RepairImage::assemble(&facts, &guest);
     let at_hook = |registers: &Registers| {
         let mut kinds = HookKind::ALL.into_iter();

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use guest::{PhysMemory, Registers};
 use repair_image::{
-    BuildId, GuestLayer, KernelFacts, KernelLayer, build_id_path, compile, locate_without_files,
-    without_files,
+    BuildId, GuestLayer, KernelFacts, KernelLayer, KernelText, build_id_path, compile,
+    locate_without_files, without_files,
 };
 
 use crate::Error;
@@ -73,24 +73,34 @@ pub fn learn(
     sources: &KnowledgeSources,
     vcpus: &[Registers],
 ) -> Result<Learned, Error> {
+    learn_keeping(phys, sources, vcpus, KernelText::Kept)
+}
+
+fn learn_keeping(
+    phys: &dyn PhysMemory,
+    sources: &KnowledgeSources,
+    vcpus: &[Registers],
+    text: KernelText,
+) -> Result<Learned, Error> {
     if let Some(kernel) = from_files(phys, sources, vcpus)? {
-        return take(phys, kernel, vcpus);
+        return take(phys, kernel, vcpus, text);
     }
     let (located, facts) =
         without_files(phys, vcpus).map_err(|source| Error::NoKernel(Box::new(source)))?;
     let start = Instant::now();
-    let layer = GuestLayer::take_located(phys, &facts, located)
+    let layer = GuestLayer::take_located(phys, &facts, located, text)
         .map_err(|source| Error::GuestLayer(Box::new(source)))?;
     let origin = "guest memory (no debug information: no lines in reports)".to_owned();
     Ok(Learned { kernel: Kernel { facts, layer: None, origin }, layer, taken: start.elapsed() })
 }
 
-/// The same for a dump whose notes tell the build id: a layer that is kept of that kernel is taken at once, without
+/// The same for a dump. Where its notes tell the build id, a layer that is kept of that kernel is taken at once, without
 /// searching the memory for what kernel it is. Memory has the last word: notes that don't agree with it are not believed.
+/// Text is not kept for comparing.
 ///
 /// # Errors
 /// As [`learn`].
-pub fn learn_noted(
+pub fn learn_dump(
     phys: &dyn PhysMemory,
     sources: &KnowledgeSources,
     build_id: Option<BuildId>,
@@ -100,11 +110,11 @@ pub fn learn_noted(
     let path = kept.map(|(id, folder)| repair_image::kernel_layer::cache_path(&folder, &id));
     if let Some(path) = path
         && let Ok(layer) = KernelLayer::open(&path)
-        && let Ok(learned) = take(phys, of_layer(layer, &path)?, vcpus)
+        && let Ok(learned) = take(phys, of_layer(layer, &path)?, vcpus, KernelText::Left)
     {
         return Ok(learned);
     }
-    learn(phys, sources, vcpus)
+    learn_keeping(phys, sources, vcpus, KernelText::Left)
 }
 
 /// Takes the guest layer of a kernel that is known.
@@ -115,9 +125,10 @@ pub(crate) fn take(
     phys: &dyn PhysMemory,
     kernel: Kernel,
     vcpus: &[Registers],
+    text: KernelText,
 ) -> Result<Learned, Error> {
     let start = Instant::now();
-    match GuestLayer::take(phys, &kernel.facts, vcpus) {
+    match GuestLayer::take(phys, &kernel.facts, vcpus, text) {
         Ok(layer) => Ok(Learned { kernel, layer, taken: start.elapsed() }),
         Err(source) => Err(Error::OtherKernel { origin: kernel.origin, source: Box::new(source) }),
     }

@@ -50,5 +50,5 @@ mod whole_file;
 pub use error::{Error, Failed, in_one_line};
 pub use event_lines::EventLines;
 pub use guard::{Guard, Options, POLL};
-pub use knowledge::{Kernel, KnowledgeSources, Learned, kernel_layer, learn, learn_noted};
+pub use knowledge::{Kernel, KnowledgeSources, Learned, kernel_layer, learn, learn_dump};
 pub use observer::Observer;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use diagnose::CodeCache;
 use guest::{AddressSpace, Hook, HookKind, PhysMemory, Reg, Registers, VirtMemory};
-use repair_image::{DebugFiles, GuestLayer, RepairImage};
+use repair_image::{DebugFiles, GuestLayer, KernelText, RepairImage};
 use serde_json::{Value, json};
 
 use crate::knowledge::{self, Kernel, Learned};
@@ -55,7 +55,7 @@ impl Session {
     /// # Errors
     /// As [`Session::begin`]; also while the guest has not booted yet.
     pub fn begin_again(&self, phys: &dyn PhysMemory, vcpus: &[Registers]) -> Result<Self, Error> {
-        let learned = knowledge::take(phys, self.kernel.clone(), vcpus)
+        let learned = knowledge::take(phys, self.kernel.clone(), vcpus, KernelText::Kept)
             .or_else(|_| knowledge::learn(phys, &self.sources, vcpus))?;
         let session = Self::with(learned, self.sources.clone())?;
         if !session.runs_on(phys, vcpus) {

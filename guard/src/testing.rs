@@ -13,7 +13,8 @@ use guest::{
     MemoryError, PhysMemory, Reg, Registers, Stop, StopReason, Vcpu, WriteMemory,
 };
 use repair_image::{
-    KernelFacts, Knowledge, KnowledgeParts, Member, Prototype, SymbolKind, TypeShape, Types,
+    KernelFacts, KernelText, Knowledge, KnowledgeParts, Member, Prototype, SymbolKind, TypeShape,
+    Types,
 };
 use serde_json::Value;
 
@@ -316,7 +317,7 @@ pub(crate) fn begin(
 
 fn session(machine: &Scripted) -> Result<Session, Error> {
     let Learned { kernel, layer, taken } =
-        knowledge::take(machine.phys(), kernel(&machine.machine), &[])?;
+        knowledge::take(machine.phys(), kernel(&machine.machine), &[], KernelText::Kept)?;
     Session::with(Learned { kernel, layer, taken }, KnowledgeSources::default())
 }
 

@@ -148,6 +148,14 @@ fn by_type(
         TypeShape::Int { name, .. } if name == "blk_status_t" => {
             Ok(Value::new(BLK_STS_IOERR, "BLK_STS_IOERR", "the request fails with an I/O error"))
         }
+        // `ndo_fix_features`, `ndo_features_check`: what of these features can be used.
+        TypeShape::Int { name, .. } if name == "netdev_features_t" => {
+            Ok(Value::new(0, "no features", "the network core does by itself what is not offered"))
+        }
+        // `ndo_select_queue`; nothing else tells its type from any 16-bit number.
+        TypeShape::Int { signed: false, size: 2, .. } if function.contains("select_queue") => {
+            Ok(Value::new(0, "queue 0", "every network device has a first queue"))
+        }
         TypeShape::Int { signed: true, size: 4 | 8, .. } => {
             let why = if role == Role::Open { "it cannot be opened" } else { "the call fails" };
             Ok(Value::new(-EIO, "-EIO", why))
@@ -253,6 +261,17 @@ mod tests {
     fn unsigned_numbers_are_refused() {
         let shape = int("unsigned long", 8, false);
         assert!(matches!(value(Some(shape), "anything"), Err(Reason::NoErrorValue { .. })));
+    }
+
+    #[test]
+    fn a_network_device_offers_nothing_and_sends_by_its_first_queue() {
+        let types = FakeTypes::linux();
+        let stub = |shape: &TypeShape, name| stub_value(shape, name, Role::Work, &types);
+        let features = stub(&int("netdev_features_t", 8, false), "tun_net_fix_features");
+        assert_eq!(features.unwrap().number, Some(0));
+        let queue = int("u16", 2, false);
+        assert_eq!(stub(&queue, "tun_select_queue").unwrap().number, Some(0));
+        assert!(matches!(stub(&queue, "tun_checksum"), Err(Reason::NoErrorValue { .. })));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use defib_repair_image::{DebugFiles, GuestLayer, RepairImage, verify, without_files};
+use defib_repair_image::{DebugFiles, GuestLayer, KernelText, RepairImage, verify, without_files};
 use guest::{GuestPhys, MemoryError, PhysMemory};
 
 /// A RAM file, read at once.
@@ -37,7 +37,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = std::env::args().nth(1).ok_or("usage: guest_layer RAMFILE [DEBUG_DIR]...")?;
     let ram = RamFile(std::fs::read(path)?);
     let (_, kernel) = timed("facts without files", || without_files(&ram, &[]))?;
-    let mut layer = timed("guest layer", || GuestLayer::take(&ram, &kernel, &[]))?;
+    let mut layer =
+        timed("guest layer", || GuestLayer::take(&ram, &kernel, &[], KernelText::Kept))?;
     let changed = timed("module list, again", || layer.refresh_modules(&ram, &kernel))?;
     let same = timed("same boot?", || layer.is_same_boot(&ram, &kernel));
     let bytes = layer.to_bytes()?;

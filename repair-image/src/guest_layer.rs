@@ -163,10 +163,23 @@ pub struct GuestLayer {
     pub pristine: Arc<Pristine>,
     #[serde(skip)]
     knowledge: Vec<Arc<Knowledge>>,
+    #[serde(skip)]
+    text: KernelText,
+}
+
+/// What becomes of the text and read-only data of the guest that a layer is taken from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KernelText {
+    /// They are copied and hashed: the guest is healthy, and what changes later is damage. Some ten milliseconds, and
+    /// as many bytes as the kernel has text.
+    #[default]
+    Kept,
+    /// They are left where they are: the memory is a dump's, and has no later.
+    Left,
 }
 
 impl GuestLayer {
-    /// Takes the layer from a running guest. `vcpus` may hold registers, see [`locate`].
+    /// Takes the layer from a running guest or a dump. `vcpus` may hold registers, see [`locate`].
     ///
     /// # Errors
     /// As [`locate`]; or the module list can't be read, or never holds still.
@@ -174,9 +187,10 @@ impl GuestLayer {
         phys: &dyn PhysMemory,
         kernel: &KernelFacts,
         vcpus: &[Registers],
+        text: KernelText,
     ) -> Result<Self, Error> {
         let located = locate(phys, &kernel.knowledge, kernel.build_id, vcpus)?;
-        Self::take_located(phys, kernel, located)
+        Self::take_located(phys, kernel, located, text)
     }
 
     /// Takes the layer of a kernel that was found already.
@@ -187,6 +201,7 @@ impl GuestLayer {
         phys: &dyn PhysMemory,
         kernel: &KernelFacts,
         located: Located,
+        text: KernelText,
     ) -> Result<Self, Error> {
         let placement = located.placement;
         let space = placement.space(phys);
@@ -195,7 +210,10 @@ impl GuestLayer {
         // of the text: both at once.
         let pristine = std::thread::scope(|scope| {
             scope.spawn(|| kernel.types.member("list_head", "next"));
-            Arc::new(Pristine::of_kernel(&space, &place, &placement.text))
+            Arc::new(match text {
+                KernelText::Kept => Pristine::of_kernel(&space, &place, &placement.text),
+                KernelText::Left => Pristine::default(),
+            })
         });
         let mut layer = Self {
             banner: located.banner,
@@ -211,6 +229,7 @@ impl GuestLayer {
             pages: Vec::new(),
             pristine: Arc::clone(&pristine),
             knowledge: Vec::new(),
+            text,
             placement,
         };
         let (hashes, read) = std::thread::scope(|scope| {
@@ -219,6 +238,9 @@ impl GuestLayer {
             (hashes.join().unwrap_or_default(), read)
         });
         read?;
+        if text == KernelText::Left {
+            return Ok(layer);
+        }
         layer.pages = pages(&space, &place, &layer.placement.text, &hashes);
         Ok(layer)
     }
@@ -303,7 +325,9 @@ impl GuestLayer {
             })
         });
         self.knowledge = knowledge.collect();
-        Arc::make_mut(&mut self.pristine).take_modules(space, &modules, &self.modules);
+        if self.text == KernelText::Kept {
+            Arc::make_mut(&mut self.pristine).take_modules(space, &modules, &self.modules);
+        }
         self.modules = modules;
     }
 

@@ -42,7 +42,9 @@ pub use build_id::{BuildId, ParseBuildIdError};
 pub use damage::{Comparison, Damage, compare, compare_within};
 pub use debug_files::{DebugFiles, ModuleFile, Search, build_id_path};
 pub use error::Error;
-pub use guest_layer::{Gate, GuestLayer, KernelFacts, PageHashes, PageKind, without_files};
+pub use guest_layer::{
+    Gate, GuestLayer, KernelFacts, KernelText, PageHashes, PageKind, without_files,
+};
 pub use image::{Location, Module, Placement, RepairImage};
 pub use kallsyms::{KallsymsTables, KernelSymbol};
 pub use kernel_layer::{KernelLayer, SectionInfo};

@@ -39,7 +39,7 @@ impl Scene {
     /// When it can't be understood, or is another one than was named.
     pub fn of(core: &mut Vmcore, knowledge: &KnowledgeSources) -> Result<Self> {
         let build_id = core.vmcoreinfo().and_then(|info| info.build_id()?.parse().ok());
-        let learned = guard::learn_noted(core.phys(), knowledge, build_id, &[])?;
+        let learned = guard::learn_dump(core.phys(), knowledge, build_id, &[])?;
         let image = RepairImage::assemble(&learned.kernel.facts, &learned.layer);
         let vcpus = (0..core.vcpu_count())
             .map(|vcpu| core.registers(Vcpu(vcpu)))

@@ -2,6 +2,8 @@
 
 mod crash;
 mod input;
+#[cfg(test)]
+pub mod sample;
 
 pub use crash::{Crash, Scene, of_dump};
 pub use input::Input;

@@ -3,8 +3,8 @@
 use guest::fake::{FakeMachine, PageSize};
 use guest::{AddressSpace, GuestPhys, GuestVirt, PhysMemory, VirtMemory};
 use repair_image::{
-    GuestLayer, KallsymsTables, KernelFacts, Located, Vmcoreinfo, knowledge_from_memory, verify,
-    without_files,
+    GuestLayer, KallsymsTables, KernelFacts, KernelText, Located, Vmcoreinfo,
+    knowledge_from_memory, verify, without_files,
 };
 
 use crate::input::Input;
@@ -115,7 +115,9 @@ fn layer(phys: &dyn PhysMemory, facts: &KernelFacts, located: Located) {
     assert!(placement.text.start < placement.text.end && placement.per_cpu.len() <= 8192);
     let space = AddressSpace::new(phys, placement.root, placement.five_level);
     assert!(space.translate(placement.text.start).is_ok(), "text that is not mapped");
-    let Ok(layer) = GuestLayer::take_located(phys, facts, located) else { return };
+    let Ok(layer) = GuestLayer::take_located(phys, facts, located, KernelText::Kept) else {
+        return;
+    };
     let found = verify(phys, facts, &layer);
     assert!(found.is_clean(), "memory has not changed: {found:?}");
     assert!(layer.is_same_boot(phys, facts));
@@ -141,7 +143,12 @@ mod tests {
         let phys = machine.memory();
         let (located, facts) = without_files(phys, &[]).expect("a kernel");
         assert_eq!(located.banner, "Linux version 9.9.9 (seed)");
-        let layer = GuestLayer::take_located(phys, &facts, located).expect("a guest layer");
+        let take = |text| GuestLayer::take_located(phys, &facts, located.clone(), text);
+        let layer = take(KernelText::Kept).expect("a guest layer");
+        let of_dump = take(KernelText::Left).expect("a guest layer");
+        assert!(!layer.pages.is_empty() && of_dump.pages.is_empty());
+        assert!(of_dump.pristine.runs().is_empty(), "nothing is copied of a dump");
+        assert_eq!(of_dump.modules, layer.modules);
         let modules = layer.placed_modules();
         let names: Vec<_> = modules.iter().map(|module| module.name.as_str()).collect();
         assert_eq!(names, ["m"]);
