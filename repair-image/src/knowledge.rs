@@ -16,8 +16,8 @@ use crate::record::{
 use crate::table::{self, Reader, Record, Table};
 use crate::variables::Variables;
 use crate::{
-    Error, Parameter, Prototype, SourceFrame, Symbol, SymbolKind, TypeShape, UnwindRow, Variable,
-    base_name,
+    Error, Parameter, Prototype, SourceFrame, SourceRef, Symbol, SymbolKind, TypeShape, UnwindRow,
+    Variable, base_name,
 };
 
 /// Deepest chain of inlined calls that is followed.
@@ -171,43 +171,36 @@ impl Knowledge {
         self.rows.get((record.row as usize).checked_sub(1)?).copied()
     }
 
-    fn path(&self, file: u32) -> String {
+    fn path(&self, file: u32) -> &str {
         let record = (file as usize).checked_sub(1).and_then(|file| self.files.get(file));
-        record.map(|record| record.0.to_string()).unwrap_or_default()
+        record.map_or("", |record| &record.0)
     }
 
-    fn function_name(&self, function: u32) -> Option<String> {
-        let record = self.functions.get((function as usize).checked_sub(1)?)?;
-        self.text(record.0).map(str::to_owned)
+    fn function_name(&self, function: u32) -> Option<&str> {
+        self.text(self.functions.get((function as usize).checked_sub(1)?)?.0)
     }
 
     /// The chain of inlined calls at `at`, innermost first; empty when no line is known.
     #[must_use]
     pub fn source(&self, at: LinkAddr) -> Vec<SourceFrame> {
-        let Some((_, here)) = self.lines.last_up_to(at.0) else { return Vec::new() };
-        if here.file == 0 {
-            return Vec::new();
-        }
-        let mut frames = Vec::new();
-        let (mut file, mut line, mut column) = (here.file, here.line, here.column);
-        let mut number = here.scope;
-        for _ in 0..MAX_INLINED {
+        self.source_refs(at).map(SourceFrame::from).collect()
+    }
+
+    /// As [`Self::source`], without copies: for whoever asks of millions of addresses.
+    pub fn source_refs(&self, at: LinkAddr) -> impl Iterator<Item = SourceRef<'_>> {
+        let here = self.lines.last_up_to(at.0).filter(|(_, here)| here.file != 0);
+        let mut next = here.map(|(_, here)| (here.scope, here.file, here.line, here.column));
+        let chain = std::iter::from_fn(move || {
+            let (number, file, line, column) = next.take()?;
             let scope = (number as usize).checked_sub(1).and_then(|own| self.scopes.get(own));
             let scope = scope.copied().unwrap_or_default();
-            frames.push(SourceFrame {
-                function: self.function_name(scope.function),
-                file: self.path(file),
-                line,
-                column,
-                inlined: scope.parent != 0,
-            });
-            if scope.parent == 0 {
-                break;
-            }
-            (file, line, column) = (scope.call_file, scope.call_line, scope.call_column);
-            number = scope.parent;
-        }
-        frames
+            let inlined = scope.parent != 0;
+            let call = (scope.parent, scope.call_file, scope.call_line, scope.call_column);
+            next = inlined.then_some(call);
+            let function = self.function_name(scope.function);
+            Some(SourceRef { function, file: self.path(file), line, column, inlined })
+        });
+        chain.take(MAX_INLINED)
     }
 
     fn prototypes(&self) -> &HashMap<String, Prototype> {

@@ -57,7 +57,7 @@ pub use modules::{
 pub use orc::OrcLayout;
 pub use patch_sites::{PatchSites, SiteKind};
 pub use pristine::{Pristine, PristineMemory, PristineRun};
-pub use source::SourceFrame;
+pub use source::{SourceFrame, SourceRef};
 pub use symbol::{Symbol, SymbolKind, base_name};
 pub use types::{Member, Parameter, Prototype, TypeShape, Types};
 pub use unwind::{CfaRule, FrameKind, RowSource, SavedRule, UnwindRow};

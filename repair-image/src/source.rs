@@ -16,3 +16,25 @@ pub struct SourceFrame {
     /// Whether this level was inlined into the next one of the chain.
     pub inlined: bool,
 }
+
+/// The same, borrowed from the knowledge that tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SourceRef<'k> {
+    /// As [`SourceFrame::function`].
+    pub function: Option<&'k str>,
+    /// As [`SourceFrame::file`].
+    pub file: &'k str,
+    /// As [`SourceFrame::line`].
+    pub line: u32,
+    /// As [`SourceFrame::column`].
+    pub column: u32,
+    /// As [`SourceFrame::inlined`].
+    pub inlined: bool,
+}
+
+impl From<SourceRef<'_>> for SourceFrame {
+    fn from(from: SourceRef<'_>) -> Self {
+        let SourceRef { function, file, line, column, inlined } = from;
+        Self { function: function.map(str::to_owned), file: file.to_owned(), line, column, inlined }
+    }
+}

@@ -8,7 +8,7 @@ use diagnose::{CodeCache, Diagnosis};
 use guard::{KnowledgeSources, Learned};
 use guest::{Hook, HookKind, Machine, Registers, Vcpu};
 use quarantine::{Plan, Policy, Situation, Strikes};
-use repair_image::{DebugFiles, RepairImage, Vmcoreinfo};
+use repair_image::{DebugFiles, RepairImage};
 
 /// A crash.
 pub struct Crash {
@@ -45,7 +45,8 @@ impl Scene {
             .map(|vcpu| core.registers(Vcpu(vcpu)))
             .collect::<Result<Vec<_>, _>>()
             .context("registers")?;
-        Ok(Self { learned, image, vcpus, release: release(core) })
+        let release = release(core, &learned.layer.banner);
+        Ok(Self { learned, image, vcpus, release })
     }
 
     /// Learns the modules whose debug files are found, and says which files were refused and why.
@@ -85,10 +86,11 @@ pub fn of_dump(
     Ok(scene.crash(core, policy, &mut CodeCache::default()))
 }
 
-fn release(core: &Vmcore) -> Option<String> {
+/// The kernel's release, by the dump's notes or by what the kernel in it calls itself (`linux_banner`, init/version.c).
+fn release(core: &Vmcore, banner: &str) -> Option<String> {
     let noted = core.vmcoreinfo().and_then(|info| info.release().map(str::to_owned));
-    let found = || Vmcoreinfo::find_all(core.phys()).first()?.release().map(str::to_owned);
-    noted.or_else(found)
+    let own = || banner.strip_prefix("Linux version ")?.split(' ').next().map(str::to_owned);
+    noted.or_else(own)
 }
 
 /// The diagnosis of the vCPU that stands at a hook, or else of the first one whose stack tells of a crash.
