@@ -20,7 +20,7 @@ lint:
 
 bench: setup
 	$(CARGO) build --release --quiet
-	$(CARGO) bench --workspace --quiet
+	VMLINUX=$$(echo $${DEFIB_CACHE:-$$HOME/.cache/defib}/kernels/6.1.*-cloud-amd64/vmlinux) $(CARGO) bench --workspace --quiet
 
 clean:
 	$(CARGO) clean

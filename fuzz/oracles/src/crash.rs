@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
+use diagnose::state::{self, Sources};
 use diagnose::unwind::{Limits, Start, walk};
 use diagnose::{CodeCache, Diagnosis, Frame, FrameEffects, Trust, code, diagnose, report, tasks};
 use guest::fake::{FakeMachine, PageSize};
@@ -114,7 +115,9 @@ pub fn crash(data: &[u8]) {
         let phys = scene.machine.memory();
         diagnose(&scene.image, phys, &scene.registers, hook, Vcpu(0), &mut cache)
     };
-    let Ok(found) = answer() else { return };
+    let found = answer();
+    told(&scene, found.as_ref().ok());
+    let Ok(found) = found else { return };
     consistent(&found);
     let json = serde_json::to_string(&found).expect("a diagnosis has a JSON form");
     let again = answer().map(|again| serde_json::to_string(&again).expect("as before"));
@@ -140,6 +143,24 @@ pub fn crash(data: &[u8]) {
         let Some(rung) = planned.rung else { break };
         strikes.record(&found, rung);
     }
+}
+
+/// What the machine was doing is told whatever its memory holds, for people and for scripts.
+fn told(scene: &Scene, diagnosis: Option<&Diagnosis>) {
+    let sources = Sources {
+        image: &scene.image,
+        phys: scene.machine.memory(),
+        vcpus: &[scene.registers],
+        modules: &[],
+        diagnosis,
+    };
+    let state = state::of(&sources, &mut CodeCache::new());
+    assert_eq!(state.cpus.len(), 1);
+    for (title, text) in report::sections(&state) {
+        fit_for_terminal(&title);
+        fit_for_terminal(&text);
+    }
+    serde_json::to_string(&state).expect("a state has a JSON form");
 }
 
 fn consistent(found: &Diagnosis) {
