@@ -213,10 +213,12 @@ impl Seen {
         seen
     }
 
-    /// Harm that a repaired guest must not show, by kind.
-    fn harms(&self) -> Vec<(&'static str, String)> {
+    /// Harm that a repaired guest must not show, by kind. That a request to the driver's own device fails is what a
+    /// repair announces.
+    fn harms(&self, driver: &str) -> Vec<(&'static str, String)> {
+        let request = format!("I/O error, dev {driver}");
         let announced = |line: &String| {
-            ["kernel BUG at", "list_del corruption", "list_add corruption"]
+            ["kernel BUG at", "list_del corruption", "list_add corruption", &request]
                 .iter()
                 .any(|text| line.contains(text))
         };
@@ -357,7 +359,7 @@ fn judge(bench: &Bench, mutation: &Mutation, told: &Told, seen: Seen) -> Result<
     if told.rungs.is_empty() {
         return Ok(seen.without_crash());
     }
-    let harms = seen.harms();
+    let harms = seen.harms(bench.target.name);
     if harms.is_empty() {
         let loss = told.rungs.iter().any(|rung| matches!(rung, 2 | 3));
         return Ok(if loss { Effect::SavedWithLoss } else { Effect::Saved });
@@ -370,7 +372,7 @@ fn judge(bench: &Bench, mutation: &Mutation, told: &Told, seen: Seen) -> Result<
                 |text: &str| text.chars().filter(|c| !c.is_ascii_digit()).collect::<String>();
             bare(&console).contains(&bare(text))
         }
-        kind => alone.harms().iter().any(|(other, _)| other == &kind),
+        kind => alone.harms(bench.target.name).iter().any(|(other, _)| other == &kind),
     };
     let (own, new): (Vec<_>, Vec<_>) = harms.into_iter().partition(own);
     let texts = |list: Vec<(&str, String)>| -> Vec<String> {
@@ -425,6 +427,10 @@ mod tests {
         assert_eq!(seen.without_crash(), Effect::Hang("s".into()));
         assert_eq!(Seen::default().without_crash(), Effect::None);
         let seen = Seen { log: Some("kernel BUG at x.c:1!".into()), ..Seen::default() };
-        assert!(seen.harms().is_empty());
+        assert!(seen.harms("loop").is_empty());
+        let log = "I/O error, dev loop0, sector 8 op 0x1:(WRITE)".to_owned();
+        let seen = Seen { log: Some(log), ..Seen::default() };
+        assert!(seen.harms("loop").is_empty());
+        assert!(!seen.harms("veth").is_empty(), "somebody else's device");
     }
 }
