@@ -223,10 +223,36 @@ static int fault_stack_end(struct recorder *r)
 	return 0;
 }
 
+/* For half a second at most. */
+static void park(void *parked)
+{
+	int ms;
+
+	atomic_inc(parked);
+	for (ms = 0; ms < 500; ms++)
+		mdelay(1);
+}
+
+/*
+ * Nothing else runs from here to the fault: another CPU, or an interrupt of this one, would meet first
+ * what is broken for the crash, or write what is right over it.
+ */
+static __always_inline void be_alone(void)
+{
+	static atomic_t parked;
+
+	get_cpu();
+	atomic_set(&parked, 0);
+	smp_call_function(park, &parked, 0);
+	while (atomic_read(&parked) < num_online_cpus() - 1)
+		cpu_relax();
+	local_irq_disable();
+}
+
 /* A stray write to the list of all tasks: nothing that walks it would come back. */
 static int fault_task_list(struct recorder *r)
 {
-	/* Its own link: a neighbour's would be met by whoever starts or ends another process meanwhile. */
+	be_alone();
 	WRITE_ONCE(current->group_leader->tasks.prev, &current->group_leader->tasks);
 	BUG(); /* CRASH: task-list */
 	return 0;
@@ -239,32 +265,17 @@ static int waits_for_cpu(void *unused)
 	return 0;
 }
 
-/* For a tenth of a second at most. */
-static void park(void *parked)
-{
-	int ms;
-
-	atomic_inc(parked);
-	for (ms = 0; ms < 100; ms++)
-		mdelay(1);
-}
-
 /* A stray write to a task that waits for this CPU: the next change of the run queue would follow it. */
 static int fault_run_queue(struct recorder *r)
 {
 	struct task_struct *waiter = kthread_create(waits_for_cpu, NULL, "crash_waiter");
-	static atomic_t parked;
 
 	if (IS_ERR(waiter))
 		return PTR_ERR(waiter);
 	get_cpu();
 	kthread_bind(waiter, smp_processor_id());
-	/* Whoever wakes a task of this CPU meanwhile would crash first, or write what is right over it. */
-	atomic_set(&parked, 0);
-	smp_call_function(park, &parked, 0);
-	while (atomic_read(&parked) < num_online_cpus() - 1)
-		cpu_relax();
-	local_irq_disable();
+	be_alone();
+	put_cpu();
 	wake_up_process(waiter);
 	WRITE_ONCE(waiter->se.run_node.__rb_parent_color, 0x1000);
 	BUG(); /* CRASH: run-queue */
@@ -276,6 +287,7 @@ static int fault_page_table(struct recorder *r)
 {
 	pgd_t *entry = current->mm->pgd + pgd_index((unsigned long)vmemmap);
 
+	be_alone();
 	WRITE_ONCE(entry->pgd, 0);
 	BUG(); /* CRASH: page-table */
 	return 0;

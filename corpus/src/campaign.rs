@@ -229,8 +229,12 @@ pub fn run(case: &'static Case, stand: &Stand, guard: &GuardConfig) -> Result<Ve
         Err(error @ Error::Guard { .. }) => return Ok(Verdict::unnoticed(case, &error)),
         Err(error) => return Err(error),
     };
-    let plan = guard.await_event("plan", CRASH_LIMIT)?;
-    let end = guard.await_any(&["repaired", "refused"], CRASH_LIMIT)?;
+    // A crash that can't be judged is refused before there is a plan.
+    let mut end = guard.await_any(&["plan", "refused"], CRASH_LIMIT)?;
+    let mut plan = Value::Null;
+    if text(&end, "/event") == "plan" {
+        plan = std::mem::replace(&mut end, guard.await_any(&["repaired", "refused"], CRASH_LIMIT)?);
+    }
     let mut verdict = Verdict {
         name: case.name,
         class: format!("{:?}", case.class),

@@ -5,10 +5,12 @@ use crate::scenario::Class::{
     Bug, Divide, DoubleFree, Fortify, GeneralProtection, InvalidOpcode, ListCorruption, NullCall,
     Panic, StackProtector, UserAccess, Usercopy, Warning,
 };
-use crate::scenario::Resource::{IrqsOff, Mutex, PreemptionOff, Spinlock};
+use crate::scenario::Resource::{self, IrqsOff, Mutex, PreemptionOff, Spinlock};
 use crate::scenario::Sight;
 
 const CLASS: &str = "crash_class";
+/// What a fault holds that lets nothing else run before it.
+const ALONE: &[Resource] = &[PreemptionOff, IrqsOff];
 
 pub(super) const CASES: &[Case] = &[
     // The allocator's, the lists' and the string functions' own checks.
@@ -21,10 +23,9 @@ pub(super) const CASES: &[Case] = &[
     Case::new("stack-canary", CLASS, StackProtector, &[]),
     // Broken by the driver before it faults: put back, or too much to go on.
     Case::new("stack-end", CLASS, Bug, &[]),
-    Case::new("task-list", CLASS, Bug, &[]).refused_for("a link of the task list is broken"),
-    Case::new("run-queue", CLASS, Bug, &[PreemptionOff, IrqsOff])
-        .refused_for("a node of the run queue is broken"),
-    Case::new("page-table", CLASS, Bug, &[]).refused_for("an entry of the page tables is broken"),
+    Case::new("task-list", CLASS, Bug, ALONE).refused_for("a link of the task list is broken"),
+    Case::new("run-queue", CLASS, Bug, ALONE).refused_for("a node of the run queue is broken"),
+    Case::new("page-table", CLASS, Bug, ALONE).refused_for("an entry of the page tables is broken"),
     // Jumps to what is no code.
     Case::new("call-data", CLASS, NullCall, &[]),
     Case::new("call-user", CLASS, UserAccess, &[]),
