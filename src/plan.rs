@@ -28,8 +28,14 @@ pub fn run(arguments: &PlanArguments) -> Result<Outcome> {
     };
     let (diagnosis, plan) = (&crash.diagnosis, &crash.plan);
     let text = match arguments.format {
-        Format::Text => format!("{}\n{plan}", diagnose::report::text(diagnosis)),
-        Format::Json => json!({ "diagnosis": diagnosis, "plan": plan }).to_string(),
+        Format::Text => {
+            let remarks = crash.remarks.iter().map(|remark| format!("remark: {remark}\n"));
+            let remarks: String = remarks.collect();
+            format!("{}\n{plan}{remarks}", diagnose::report::text(diagnosis))
+        }
+        Format::Json => {
+            json!({ "diagnosis": diagnosis, "plan": plan, "remarks": crash.remarks }).to_string()
+        }
     };
     writeln!(std::io::stdout(), "{text}")?;
     Ok(if plan.rung.is_some() { Outcome::Done } else { Outcome::NotSaved })

@@ -167,7 +167,8 @@ pub struct Context {
     pub kind: ExecutionContext,
     /// Kernel CPU number.
     pub cpu: Option<usize>,
-    /// Per-CPU preempt count at the hook, with the inverted NEED_RESCHED bit (31) as it stands.
+    /// Per-CPU preempt count at the hook, with the inverted NEED_RESCHED bit (31) as it stands. Of a dump: without what
+    /// the kernel has added to it since the crash, where that is known.
     pub preempt_count: Option<u32>,
     /// Guest-virtual address of that count.
     pub preempt_count_at: Option<GuestVirt>,

@@ -25,6 +25,7 @@ mod message;
 mod names;
 mod offender;
 pub mod report;
+mod reporting;
 mod signature;
 pub mod state;
 pub mod stuck;
@@ -86,6 +87,13 @@ pub fn diagnose(
     }
     let offender = offender::of(&fault, &context, task.as_ref(), &mut evidence);
     let scene = Scene { kernel: &kernel, fault: &fault, context: &context, current: cpu.current };
+    // The kernel has not yet reported anything where a hook is.
+    let reported = match hook {
+        Some(_) => None,
+        None => reporting::taken_off(&scene, registers, cache, &mut evidence),
+    };
+    let context = reported.as_ref().unwrap_or(&context);
+    let scene = Scene { context, ..scene };
     let boundary = match offender {
         Some(Offender::Driver { .. }) => boundary::of(&scene, cache, &mut evidence),
         _ => None,
@@ -99,7 +107,7 @@ pub fn diagnose(
         title: signature::title(class, &fault, offender.as_ref(), finding.message.as_deref()),
         signature: signature::id(class, &fault),
         class: finding.class,
-        context,
+        context: context.clone(),
         task,
         fault_frame: fault.at,
         fault_regs_at: fault.regs_at,

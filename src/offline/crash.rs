@@ -18,6 +18,8 @@ pub struct Crash {
     pub plan: Plan,
     /// Kernel release, if the dump says.
     pub release: Option<String>,
+    /// Debug files of modules that were not used, and why.
+    pub remarks: Vec<String>,
 }
 
 /// The kernel in a dump, and what its CPUs stood at.
@@ -69,11 +71,11 @@ impl Scene {
         let (image, vcpus) = (&self.image, self.vcpus.as_slice());
         let situation = Situation { diagnosis: &diagnosis, image, memory: &memory, vcpus };
         let plan = quarantine::plan(&situation, policy, &Strikes::default());
-        Some(Crash { plan, diagnosis, release: self.release.clone() })
+        Some(Crash { plan, diagnosis, release: self.release.clone(), remarks: Vec::new() })
     }
 }
 
-/// The crash in a dump; `None` when no vCPU of it is crashing.
+/// The crash in a dump, with what the modules' debug files say; `None` when no vCPU of it is crashing.
 ///
 /// # Errors
 /// When the kernel in the dump can't be understood.
@@ -82,8 +84,10 @@ pub fn of_dump(
     knowledge: &KnowledgeSources,
     policy: &Policy,
 ) -> Result<Option<Crash>> {
-    let scene = Scene::of(core, knowledge)?;
-    Ok(scene.crash(core, policy, &mut CodeCache::default()))
+    let mut scene = Scene::of(core, knowledge)?;
+    let remarks = scene.learn_modules(&knowledge.debug_dirs);
+    let crash = scene.crash(core, policy, &mut CodeCache::default());
+    Ok(crash.map(|crash| Crash { remarks, ..crash }))
 }
 
 /// The kernel's release, by the dump's notes or by what the kernel in it calls itself (`linux_banner`, init/version.c).
