@@ -59,7 +59,7 @@ pub struct Sitting {
 }
 
 /// The cases that can happen again on a driver that stays loaded: a call of a process fails in a driver without
-/// parameters, and nothing has to be put right afterwards.
+/// parameters, is repaired without a quarantine, and nothing has to be put right afterwards.
 pub fn repeatable() -> impl Iterator<Item = &'static Case> {
     cases().filter(|case| {
         let call = matches!(
@@ -75,7 +75,8 @@ pub fn repeatable() -> impl Iterator<Item = &'static Case> {
         );
         let plain =
             case.parameters.is_empty() && case.after.is_empty() && case.waiter_sees.is_none();
-        call && plain && case.context == crate::scenario::Context::Task
+        let repaired = case.refused.is_none() && !case.quarantined;
+        call && plain && repaired && case.context == crate::scenario::Context::Task
     })
 }
 
@@ -251,6 +252,7 @@ mod tests {
         let pool: Vec<_> = repeatable().collect();
         assert!(pool.len() >= 20, "{}", pool.len());
         assert!(pool.iter().all(|case| case.parameters.is_empty()));
+        assert!(pool.iter().all(|case| case.refused.is_none()), "the guest goes down");
     }
 
     #[test]
