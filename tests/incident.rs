@@ -121,6 +121,90 @@ fn drgn_opens_the_core() {
     must_hold(&said, &[FUNCTION, "ksys_write", "do_syscall_64", "kthreadd", "Linux version"]);
 }
 
+/// What defib says of its own core: the same as the guard, and the same frames as crash and drgn.
+#[test]
+fn all_see_the_same_frames() {
+    let made = incident();
+    let core = made.file("live.core");
+    let modules = made.driver.parent().unwrap();
+    let said = run(
+        env!("CARGO_BIN_EXE_defib"),
+        &[
+            &"diagnose",
+            &core,
+            &"--vmlinux",
+            &made.vmlinux,
+            &"--debug-dir",
+            &modules,
+            &"--format",
+            &"json",
+        ],
+    );
+    let said: Value = serde_json::from_str(&said).unwrap();
+    let record = fs::read_to_string(made.file("incident.json")).unwrap();
+    let record: Value = serde_json::from_str(&record).unwrap();
+    for fact in ["/signature", "/title", "/class", "/offender", "/boundary/effects", "/all_effects"]
+    {
+        let of = |record: &Value| record.pointer(&format!("/diagnosis{fact}")).cloned();
+        assert_eq!(of(&said), of(&record), "{fact}");
+    }
+    let ours: Vec<String> = frames(&said).into_iter().map(|(pc, _)| pc).collect();
+    assert!(ours.len() > 8, "{ours:?}");
+
+    let script = made.root.join("frames.py");
+    fs::write(&script, FRAMES).unwrap();
+    let drgn = run("/usr/bin/python3", &[&script, &core, &made.vmlinux, &made.driver]);
+    let drgn: Vec<&str> = drgn.lines().filter_map(|line| line.strip_prefix("FRAME ")).collect();
+    assert_eq!(drgn, ours);
+
+    let commands = made.root.join("backtrace");
+    fs::write(&commands, "set scroll off\nbt\nexit\n").unwrap();
+    let crash = run("crash", &[&"-s", &"-i", &commands, &made.vmlinux, &core]);
+    // It begins with the caller of the function that is being entered, and shows the one that faulted by its
+    // registers: `[exception RIP: under_three_locks+114]`. Now and then crash 8.0.2 adds return addresses of earlier
+    // calls that are still on the stack, below the entry code; drgn never does.
+    let shown: Vec<String> =
+        frames(&said).into_iter().filter_map(|(pc, is_call)| is_call.then_some(pc)).collect();
+    let found = backtrace(&crash);
+    let mut rest = found.iter();
+    let missing: Vec<_> = shown.iter().filter(|at| !rest.any(|it| it == *at)).collect();
+    assert!(missing.is_empty(), "{missing:?} of {shown:?} in {found:?}");
+    must_hold(&crash, &["[exception RIP: under_three_locks+"]);
+}
+
+/// Code addresses of the crash's frames, innermost first, and whether each is in a call.
+fn frames(said: &Value) -> Vec<(String, bool)> {
+    let frames = said.pointer("/diagnosis/frames").and_then(Value::as_array).unwrap();
+    let address = |frame: &Value| {
+        let call = frame.pointer("/pc/return");
+        let at = call.or(frame.pointer("/pc/exact")).and_then(Value::as_str).unwrap();
+        (at.to_owned(), call.is_some())
+    };
+    frames.iter().map(address).collect()
+}
+
+/// Those of the lines ` #1 [ffffd351403ebc78] do_trap at ffffffffb4030665` that crash's `bt` prints.
+fn backtrace(said: &str) -> Vec<String> {
+    let lines = said.lines().filter(|line| line.trim_start().starts_with('#'));
+    let at = lines.filter_map(|line| line.split(" at ").nth(1)?.split_whitespace().next());
+    at.map(|at| format!("0x{at}")).collect()
+}
+
+/// Kernel addresses of the crashed thread's frames, one for all functions inlined in one another.
+const FRAMES: &str = "
+import sys
+import drgn
+program = drgn.Program()
+program.set_core_dump(sys.argv[1])
+try:
+    program.load_debug_info(sys.argv[2:])
+except drgn.MissingDebugInfoError as error:
+    print(error)  # modules that were not named
+for frame in program.crashed_thread().stack_trace():
+    if not frame.is_inline and frame.pc >> 63:
+        print('FRAME', hex(frame.pc))
+";
+
 /// The crashed thread's frames, all tasks, the log.
 const LOOK: &str = "
 import sys

@@ -18,7 +18,7 @@ pub struct Crash {
     pub plan: Plan,
     /// Kernel release, if the dump says.
     pub release: Option<String>,
-    /// Debug files of modules that were not used, and why.
+    /// What is odd about the dump; debug files of modules that were not used, and why.
     pub remarks: Vec<String>,
 }
 
@@ -85,7 +85,8 @@ pub fn of_dump(
     policy: &Policy,
 ) -> Result<Option<Crash>> {
     let mut scene = Scene::of(core, knowledge)?;
-    let remarks = scene.learn_modules(&knowledge.debug_dirs);
+    let refused = scene.learn_modules(&knowledge.debug_dirs);
+    let remarks = core.remarks().iter().map(ToString::to_string).chain(refused).collect();
     let crash = scene.crash(core, policy, &mut CodeCache::default());
     Ok(crash.map(|crash| Crash { remarks, ..crash }))
 }

@@ -219,16 +219,17 @@ impl Analysis {
         }
     }
 
-    /// Whether the function adds to the preempt count itself.
-    pub(crate) fn counts_preemption(&self, table: &LockTable) -> bool {
+    /// Whether the function adds to the preempt count itself; `None` when its code is not there.
+    pub(crate) fn counts_preemption(&self, table: &LockTable) -> Option<bool> {
         use super::op::{Address, Place};
-        let ops = self.function.blocks.iter().flat_map(|block| &block.ops);
-        ops.into_iter().any(|(_, op)| match op.action {
+        let mut ops = self.function.blocks.iter().flat_map(|block| &block.ops).peekable();
+        ops.peek()?;
+        Some(ops.any(|(_, op)| match op.action {
             Action::Add(Place::Mem(Address::PerCpu(offset), _), _) => {
                 Some(offset) == table.preempt_count
             }
             _ => false,
-        })
+        }))
     }
 }
 
@@ -342,7 +343,7 @@ impl CodeCache {
     }
 
     /// Whether taking a spinlock counts in the preempt count (`CONFIG_PREEMPT_COUNT`), from the code of
-    /// the function that takes one.
+    /// the function that takes one; `None` when a dump is without that code.
     pub(crate) fn preemption_counted(
         &mut self,
         image: &RepairImage,
@@ -351,7 +352,7 @@ impl CodeCache {
         if self.preemption_counted.is_none() {
             let at = image.address_of("_raw_spin_lock")?;
             let table = self.table(image);
-            let counted = self.analysis(image, memory, at)?.counts_preemption(&table);
+            let counted = self.analysis(image, memory, at)?.counts_preemption(&table)?;
             self.preemption_counted = Some(counted);
         }
         self.preemption_counted
@@ -431,6 +432,16 @@ mod tests {
         assert_eq!(held_at(0xfb), (vec![held], true));
         // Restored or never enabled: nothing left on either way.
         assert_eq!(held_at(0x10b), (vec![vec![]], true));
+    }
+
+    #[test]
+    fn without_its_code_it_is_not_known_whether_a_lock_counts() {
+        let (image, machine) = fixture::kernel();
+        let nothing = guest::fake::FakeMachine::new(1 << 20, false);
+        let mut cache = CodeCache::new();
+        assert_eq!(cache.preemption_counted(&image, &nothing.space()), None);
+        cache.look_again();
+        assert_eq!(cache.preemption_counted(&image, &machine.space()), Some(true));
     }
 
     #[test]

@@ -268,6 +268,9 @@ impl<B: AsRef<[u8]>> Dump<B> {
         if notes.cpus.is_empty() {
             remarks.push(Remark::NoRegisters);
         }
+        if notes.live {
+            remarks.push(Remark::TwoMoments);
+        }
         Self { memory, cpus: notes.cpus, vmcoreinfo: notes.vmcoreinfo, remarks, format }
     }
 
@@ -397,6 +400,17 @@ mod tests {
         assert_eq!(space.root(), GuestPhys(0x0261_0000 - 0x80_0000));
         assert!(space.five_level());
         assert_eq!(dump.format().to_string(), "ELF vmcore");
+    }
+
+    #[test]
+    fn a_live_core_is_told_by_its_note() {
+        use crate::live_core::{NOTE_NAME, NOTE_TYPE};
+        let remarks = |kind| {
+            let file = core(&note(NOTE_NAME, kind, b"{}"), &[(0, 8, &[1; 8])], false);
+            Dump::parse(file).unwrap().remarks().to_vec()
+        };
+        assert!(remarks(NOTE_TYPE).contains(&Remark::TwoMoments));
+        assert!(!remarks(0).contains(&Remark::TwoMoments));
     }
 
     #[test]

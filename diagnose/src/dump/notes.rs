@@ -5,6 +5,7 @@ use guest::{Reg, Registers};
 use repair_image::Vmcoreinfo;
 
 use crate::core_notes::{PRSTATUS, PRSTATUS_PID, PRSTATUS_REGISTERS, QEMU_GENERAL, USER_REGISTERS};
+use crate::live_core::{NOTE_NAME, NOTE_TYPE};
 
 /// More CPUs than `CONFIG_NR_CPUS` allows (8192).
 const MAX_CPUS: usize = 8192;
@@ -46,6 +47,8 @@ pub(super) struct Notes {
     pub vmcoreinfo: Option<Vmcoreinfo>,
     /// Whether QEMU's own notes are among them.
     pub qemu: bool,
+    /// Whether the file is a `live.core` of defib's own.
+    pub live: bool,
     /// Whether a note runs behind the end.
     pub cut: bool,
 }
@@ -109,6 +112,7 @@ impl Notes {
                 (b"VMCOREINFO", 0) if self.vmcoreinfo.is_none() => {
                     self.vmcoreinfo = Vmcoreinfo::parse(note.desc);
                 }
+                (name, NOTE_TYPE) if name == NOTE_NAME.as_bytes() => self.live = true,
                 _ => {}
             }
         }

@@ -30,6 +30,8 @@ pub enum Remark {
     /// RAM was left out of an ELF dump (`makedumpfile -E`). The format does not tell pages that were
     /// filtered from pages that were zero, so that all of them are missing.
     LeftOut,
+    /// A `live.core` of defib's own: what the repair did not touch was read after it, while the guest ran.
+    TwoMoments,
 }
 
 impl fmt::Display for Remark {
@@ -43,6 +45,9 @@ impl fmt::Display for Remark {
             Self::Erased => f.write_str("some data was erased on purpose when it was written"),
             Self::NoVmcoreinfo => f.write_str("no VMCOREINFO in its notes"),
             Self::NoRegisters => f.write_str("no registers in its notes"),
+            Self::TwoMoments => f.write_str(
+                "what the repair did not touch was read after it: a plan made of this file may refuse what the guard did",
+            ),
             Self::LeftOut => {
                 f.write_str("RAM was left out, filtered or zero: an ELF dump does not say")
             }

@@ -36,8 +36,8 @@ const PIDS_MAX: usize = 1 << 16;
 const REGIONS_MAX: usize = 1 << 14;
 /// Functions whose code `crash` looks at when it opens a dump, before it does anything else: how the kernel
 /// was compiled, and what its interrupt entry and context switch look like (its x86_64.c). Names differ
-/// between kernels.
-const DISASSEMBLED: [&str; 12] = [
+/// between kernels. The last one is what we look at ourselves: whether spinlocks count in the preempt count.
+const DISASSEMBLED: [&str; 13] = [
     "sys_fork",
     "__x64_sys_fork",
     "sys_open",
@@ -50,6 +50,7 @@ const DISASSEMBLED: [&str; 12] = [
     "__schedule",
     "schedule",
     "thread_return",
+    "_raw_spin_lock",
 ];
 const LARGE_PAGE: u64 = 2 << 20;
 
