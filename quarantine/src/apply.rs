@@ -7,8 +7,9 @@ use serde::Serialize;
 
 use crate::action::{Action, Expected};
 use crate::guest_call::{self, Called, GuestCall};
+use crate::guest_struct::Structures;
 use crate::journal::{Deed, Journal};
-use crate::{Error, Plan, bystanders, invariants};
+use crate::{Error, Plan, bystanders, invariants, locks};
 
 /// What became of a plan. The machine still stands; resuming it is the caller's.
 #[derive(Clone, Debug, Serialize)]
@@ -59,6 +60,8 @@ fn check_soundness(plan: &Plan, hand: &mut Hand<'_>) -> Result<(), Error> {
         bystanders::wait(hand.machine, hand.image, plan.vcpu, current)?;
     }
     let memory = space(hand.machine, hand.image);
+    let kernel = Structures { image: hand.image, memory: &memory };
+    locks::given_back(&kernel, &plan.actions, current.task).map_err(Error::Unsound)?;
     invariants::after(hand.image, &memory, current).map_err(Error::Unsound)
 }
 

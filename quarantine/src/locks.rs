@@ -7,6 +7,7 @@ use repair_image::RepairImage;
 
 use crate::Reason;
 use crate::action::{Action, Expected};
+use crate::guest_struct::Structures;
 
 /// How a resource is released.
 struct Release {
@@ -149,6 +150,32 @@ fn call(
     Ok(Action::CallGuest { function: name.to_owned(), at, arguments, expected, why })
 }
 
+/// Whether the task still owns a lock that a plan has released. Others may have taken it since; where the lock does not
+/// name its owner, or is gone with what it was part of, there is nothing to see.
+pub(crate) fn given_back(
+    kernel: &Structures<'_>,
+    actions: &[Action],
+    task: GuestVirt,
+) -> Result<(), Reason> {
+    for action in actions {
+        let Action::CallGuest { function, arguments, .. } = action else { continue };
+        let owned = match function.as_str() {
+            "mutex_unlock" => "mutex",
+            "up_write" => "rw_semaphore",
+            _ => continue,
+        };
+        let Some(lock) = arguments.first().copied().map(GuestVirt) else { continue };
+        let Some(at) = kernel.member_at(lock, owned, "owner") else { continue };
+        let owner = kernel.memory.read_u64(at).unwrap_or(0);
+        // The low three bits are flags, of both.
+        if owner & !7 == task.0 {
+            let what = "the owner of a lock that was released";
+            return Err(Reason::Broken { what, at, found: owner, expected: 0 });
+        }
+    }
+    Ok(())
+}
+
 fn unchanged(
     memory: &dyn VirtMemory,
     at: GuestVirt,
@@ -188,6 +215,26 @@ mod tests {
             })
             .collect();
         assert_eq!(names, ["_raw_spin_unlock", "__rcu_read_unlock", "mutex_unlock"]);
+    }
+
+    #[test]
+    fn a_lock_that_is_still_owned_was_not_given_back() {
+        let mut scene = testing::Scene::new();
+        let effects = testing::effects(&[ResourceKind::Mutex]);
+        let diagnosis = scene.diagnosis();
+        let calls =
+            release_calls(&diagnosis, &effects, &scene.image, &scene.machine.space()).unwrap();
+        let lock = effects.held[0].lock.unwrap();
+        let look = |scene: &testing::Scene, task| {
+            let memory = scene.machine.space();
+            given_back(&Structures { image: &scene.image, memory: &memory }, &calls, task)
+        };
+        let (task, other) = (scene.task, scene.task + 0x4000);
+        scene.set_member("mutex", "owner", lock, task.0 | 1);
+        assert!(matches!(look(&scene, task), Err(Reason::Broken { .. })));
+        assert_eq!(look(&scene, other), Ok(()), "a waiter got it");
+        scene.set_member("mutex", "owner", lock, 0);
+        assert_eq!(look(&scene, task), Ok(()));
     }
 
     #[test]
