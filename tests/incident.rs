@@ -114,10 +114,7 @@ fn crash_opens_the_core() {
 #[test]
 fn drgn_opens_the_core() {
     let made = incident();
-    let script = made.root.join("look.py");
-    fs::write(&script, LOOK).unwrap();
-    let said =
-        run("/usr/bin/python3", &[&script, &made.file("live.core"), &made.vmlinux, &made.driver]);
+    let said = drgn(made, LOOK);
     must_hold(&said, &[FUNCTION, "ksys_write", "do_syscall_64", "kthreadd", "Linux version"]);
 }
 
@@ -151,11 +148,9 @@ fn all_see_the_same_frames() {
     let ours: Vec<String> = frames(&said).into_iter().map(|(pc, _)| pc).collect();
     assert!(ours.len() > 8, "{ours:?}");
 
-    let script = made.root.join("frames.py");
-    fs::write(&script, FRAMES).unwrap();
-    let drgn = run("/usr/bin/python3", &[&script, &core, &made.vmlinux, &made.driver]);
-    let drgn: Vec<&str> = drgn.lines().filter_map(|line| line.strip_prefix("FRAME ")).collect();
-    assert_eq!(drgn, ours);
+    let theirs = drgn(made, FRAMES);
+    let theirs: Vec<_> = theirs.lines().filter_map(|line| line.strip_prefix("FRAME ")).collect();
+    assert_eq!(theirs, ours);
 
     let commands = made.root.join("backtrace");
     fs::write(&commands, "set scroll off\nbt\nexit\n").unwrap();
@@ -190,23 +185,16 @@ fn backtrace(said: &str) -> Vec<String> {
     at.map(|at| format!("0x{at}")).collect()
 }
 
-/// Kernel addresses of the crashed thread's frames, one for all functions inlined in one another.
-const FRAMES: &str = "
-import sys
-import drgn
-program = drgn.Program()
-program.set_core_dump(sys.argv[1])
-try:
-    program.load_debug_info(sys.argv[2:])
-except drgn.MissingDebugInfoError as error:
-    print(error)  # modules that were not named
-for frame in program.crashed_thread().stack_trace():
-    if not frame.is_inline and frame.pc >> 63:
-        print('FRAME', hex(frame.pc))
-";
+/// What drgn prints for a script behind [`OPEN`].
+fn drgn(made: &Made, script: &str) -> String {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&file, format!("{OPEN}{script}")).unwrap();
+    let core = made.file("live.core");
+    run("/usr/bin/python3", &[&file.path(), &core, &made.vmlinux, &made.driver])
+}
 
-/// The crashed thread's frames, all tasks, the log.
-const LOOK: &str = "
+/// Opens the core, with the debug information of the kernel and of the driver.
+const OPEN: &str = "
 import sys
 import drgn
 from drgn.helpers.linux import for_each_task
@@ -217,6 +205,17 @@ try:
     program.load_debug_info(sys.argv[2:])
 except drgn.MissingDebugInfoError as error:
     print(error)  # modules that were not named
+";
+
+/// Kernel addresses of the crashed thread's frames, one for all functions inlined in one another.
+const FRAMES: &str = "
+for frame in program.crashed_thread().stack_trace():
+    if not frame.is_inline and frame.pc >> 63:
+        print('FRAME', hex(frame.pc))
+";
+
+/// The crashed thread's frames, all tasks, the log.
+const LOOK: &str = "
 print(program.crashed_thread().stack_trace())
 print([task.comm.string_().decode() for task in for_each_task(program)])
 print(get_dmesg(program)[:200])
