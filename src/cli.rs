@@ -340,6 +340,8 @@ pub struct InjectArguments {
 /// Arguments of `defib corpus sitting`.
 #[derive(Debug, Args)]
 pub struct SittingArguments {
+    /// Names of cases to draw from; all that can happen again when none is given.
+    pub cases: Vec<String>,
     /// The guest.
     #[command(flatten)]
     pub lab: LabArguments,

@@ -57,7 +57,8 @@ fn list() -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn chosen(names: &[String]) -> Result<Vec<&'static Case>> {
+/// The named cases; all when none is named.
+pub fn chosen(names: &[String]) -> Result<Vec<&'static Case>> {
     if names.is_empty() {
         return Ok(cases().collect());
     }

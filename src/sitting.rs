@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::Outcome;
 use crate::cli::SittingArguments;
-use crate::corpus_command::{guard_config, micros, save_page, vm_config};
+use crate::corpus_command::{chosen, guard_config, micros, save_page, vm_config};
 
 /// Runs the command.
 ///
@@ -29,7 +29,11 @@ pub fn run(arguments: &SittingArguments) -> Result<Outcome> {
     let mut guard = guard_config(&kernel, &root.path().join("incidents"))?;
     guard.arguments.extend(["--policy".to_owned(), policy.display().to_string()]);
     let each = |crash: &Crash| print(crash, arguments.json);
-    let sitting = sitting::run(&snapshot, &guard, arguments.seed, arguments.count, each)?;
+    let pool = match arguments.cases.as_slice() {
+        [] => sitting::repeatable().collect(),
+        names => chosen(names)?,
+    };
+    let sitting = sitting::run(&snapshot, &guard, &pool, arguments.seed, arguments.count, each)?;
     let sums = Sums::of(&sitting);
     let text = if arguments.json { sums.json(&sitting) } else { sums.text(&sitting) };
     write!(std::io::stdout(), "{text}")?;

@@ -101,22 +101,22 @@ pub fn repeatable() -> impl Iterator<Item = &'static Case> {
     })
 }
 
-/// Runs a sitting; `each` is told of every crash.
+/// Runs a sitting of crashes drawn from `pool`; `each` is told of every one.
 ///
 /// # Errors
 /// When the lab or the guard fails, or the guest goes down.
 pub fn run(
     snapshot: &Snapshot,
     config: &GuardConfig,
+    pool: &[&'static Case],
     seed: u64,
     count: u64,
     mut each: impl FnMut(&Crash),
 ) -> Result<Sitting> {
-    let pool: Vec<&'static Case> = repeatable().collect();
     let mut vm = snapshot.restore()?;
     vm.agent().command("workload start")?;
     let mut loaded = BTreeSet::new();
-    for case in &pool {
+    for case in pool {
         if loaded.insert(case.driver) {
             vm.agent().command(&case.load_command())?;
         }

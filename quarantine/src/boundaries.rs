@@ -295,6 +295,38 @@ pub(crate) const STACK_LINKED: &[(&str, &str)] = &[
     ("__do_semtimedop", "a semaphore's queue"),
     ("do_semtimedop", "a semaphore's queue"),
     ("do_msgrcv", "a message queue"),
+    // fs/eventpoll.c: the ready items wait in a list of ep_send_events() while each one's driver is asked, and the
+    // sleeper's entry in ep_poll(); both are mostly inlined.
+    ("ep_send_events", "an epoll instance"),
+    ("ep_poll", "an epoll instance"),
+    ("do_epoll_wait", "an epoll instance"),
+    ("__ep_eventpoll_poll", "an epoll instance"),
+    // io_uring/io_uring.c: struct io_wait_queue.
+    ("io_cqring_wait", "a wait queue"),
+    // drivers/tty/n_tty.c: on the terminal's wait queue while its driver is called.
+    ("n_tty_read", "a wait queue"),
+    ("n_tty_write", "a wait queue"),
+    // net/core/sock.c, net/core/stream.c: on the socket's wait queue while its backlog is worked off.
+    ("sk_wait_data", "a wait queue"),
+    ("sk_stream_wait_connect", "a wait queue"),
+    ("sk_stream_wait_close", "a wait queue"),
+    ("sk_stream_wait_memory", "a wait queue"),
+    // net/core/dev.c, net/core/rtnetlink.c: heads of the lists of devices that are closed or go, by their members
+    // close_list and unreg_list. The head is the caller's, which may be inlined.
+    ("__dev_close_many", "a network device's close_list"),
+    ("dev_close_many", "a network device's close_list"),
+    ("unregister_netdevice_many", "a network device's unreg_list"),
+    // Since v6.2, and in Debian's 6.1.
+    ("unregister_netdevice_many_notify", "a network device's unreg_list"),
+    ("rtnl_delete_link", "a network device's unreg_list"),
+    ("netdev_run_todo", "a network device's todo_list"),
+    // fs/dcache.c, fs/inode.c: lists of what is disposed of, by d_lru and i_lru.
+    ("shrink_dentry_list", "a directory entry"),
+    ("shrink_dcache_parent", "a directory entry"),
+    ("dispose_list", "an inode"),
+    // block/blk-mq.c, block/blk-mq-sched.c: lists of requests; the completion of one that is waited for.
+    ("blk_mq_dispatch_rq_list", "a block request"),
+    ("blk_execute_rq", "a block request"),
 ];
 
 /// Functions after whose panic going on makes no sense, and why.
