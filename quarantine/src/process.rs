@@ -301,6 +301,17 @@ mod tests {
     }
 
     #[test]
+    fn a_stack_that_a_list_of_others_runs_through_stays() {
+        let scene = Scene::new();
+        let mut diagnosis = scene.core_diagnosis();
+        for function in ["__dev_close_many", "do_epoll_wait", "n_tty_write.isra.0"] {
+            diagnosis.frames[diagnosis.fault_frame].function = Some(function.to_owned());
+            let refused = run(&scene, &diagnosis).unwrap_err();
+            assert!(refused.to_string().contains("may point into the stack of"), "{refused}");
+        }
+    }
+
+    #[test]
     fn page_faults_are_turned_on_again() {
         let mut scene = Scene::new();
         let diagnosis = scene.core_diagnosis();
