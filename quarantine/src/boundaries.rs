@@ -167,6 +167,9 @@ const RULES: &[Rule] = &[
     typed("__blk_mq_issue_directly", &[("blk_mq_ops", "queue_rq")]),
     typed("dev_hard_start_xmit", &[("net_device_ops", "ndo_start_xmit")]),
     typed("__dev_open", &[("net_device_ops", "ndo_open")]),
+    // net/core/dev.c: ndo_stop() "cannot fail", its result is not looked at; ndo_set_rx_mode() has none.
+    fixed("__dev_close_many", Fixed::Nothing, Some(true)),
+    fixed("__dev_set_rx_mode", Fixed::Nothing, None),
     fixed(
         "__napi_poll",
         Fixed::Number(
