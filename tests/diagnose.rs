@@ -53,13 +53,17 @@ impl Made {
         Self { folder, dump, log, knowledge: knowledge.to_vec() }
     }
 
-    /// What is said to scripts of the dump, with these arguments for knowledge.
-    fn json(&self, knowledge: &[String]) -> Value {
-        let mut arguments = vec![self.dump.as_str(), "--format", "json"];
+    /// What is said of the dump in a format, with these arguments for knowledge.
+    fn said(&self, format: &str, knowledge: &[String]) -> String {
+        let mut arguments = vec![self.dump.as_str(), "--format", format];
         arguments.extend(knowledge.iter().map(String::as_str));
         let (code, stdout, stderr) = defib(&arguments);
         assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
-        serde_json::from_str(&stdout).unwrap()
+        stdout
+    }
+
+    fn json(&self, knowledge: &[String]) -> Value {
+        serde_json::from_str(&self.said("json", knowledge)).unwrap()
     }
 }
 
@@ -73,12 +77,7 @@ fn defib(arguments: &[&str]) -> (i32, String, String) {
 
 /// What is said of the dump in a format.
 fn of_dump(format: &str) -> String {
-    let made = made();
-    let mut arguments = vec![made.dump.as_str(), "--format", format];
-    arguments.extend(made.knowledge.iter().map(String::as_str));
-    let (code, stdout, stderr) = defib(&arguments);
-    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
-    stdout
+    made().said(format, &made().knowledge)
 }
 
 #[track_caller]

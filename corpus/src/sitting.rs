@@ -12,7 +12,7 @@ use crate::campaign::{percentile, sights};
 use crate::guarded::{Guard, GuardConfig};
 use crate::html::{Bar, Page, Tone, milliseconds};
 use crate::lab::{Answer, Snapshot, Vm};
-use crate::scenario::{Case, Class, cases};
+use crate::scenario::{Case, Class, Context, Rung, cases};
 use crate::{Error, Result};
 
 /// How long the guard may take to arm.
@@ -90,14 +90,14 @@ pub fn repeatable() -> impl Iterator<Item = &'static Case> {
                 | Class::Usercopy
                 | Class::Divide
         );
-        let plain =
-            case.parameters.is_empty() && case.after.is_empty() && case.waiter_sees.is_none();
         // What a shell sets up, it sets up once: a link that is up, a module that is loaded.
-        let plain = plain && !case.operation.starts_with("sh:");
-        let repaired = case.refused.is_none()
-            && !case.quarantined
-            && case.rung == crate::scenario::Rung::ReturnError;
-        call && plain && repaired && case.context == crate::scenario::Context::Task
+        let plain = case.parameters.is_empty()
+            && case.after.is_empty()
+            && case.waiter_sees.is_none()
+            && !case.operation.starts_with("sh:");
+        let repaired =
+            case.refused.is_none() && !case.quarantined && case.rung == Rung::ReturnError;
+        call && plain && repaired && case.context == Context::Task
     })
 }
 

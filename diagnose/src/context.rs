@@ -15,8 +15,8 @@ const HARDIRQ: u32 = 0x000f_0000;
 const NMI: u32 = 0x00f0_0000;
 const HARDIRQ_OFFSET: u32 = 0x0001_0000;
 const NMI_OFFSET: u32 = 0x0010_0000;
-/// Bit 31 is the inverted `need_resched` flag of x86, no count.
-const NEED_RESCHED: u32 = 0x8000_0000;
+/// Bit 31 is the inverted `need_resched` flag of x86 (arch/x86/include/asm/preempt.h), no count.
+pub(crate) const NEED_RESCHED: u32 = 0x8000_0000;
 
 /// What is known of the vCPU before its frames: CPU, current task, preempt count.
 #[derive(Clone, Copy, Debug, Default)]

@@ -5,11 +5,10 @@ use guest::{RFLAGS_IF, Reg, Registers};
 
 use crate::boundary::Scene;
 use crate::code::CodeCache;
+use crate::context::NEED_RESCHED;
 use crate::names::function;
 use crate::{Context, FrameEffects};
 
-/// `PREEMPT_NEED_RESCHED`, inverted: no count (arch/x86/include/asm/preempt.h).
-const NEED_RESCHED: u32 = 1 << 31;
 /// What preemption turned off adds. The bits above it are of interrupts, and those say themselves what they added.
 const PREEMPTION: std::ops::RangeInclusive<i64> = 0..=0xff;
 

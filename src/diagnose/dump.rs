@@ -49,8 +49,7 @@ impl OfDump {
         sources: &KnowledgeSources,
         policy: &Policy,
     ) -> Result<Self> {
-        let mut scene = Scene::of(&mut dump, sources)?;
-        let refused = scene.learn_modules(&sources.debug_dirs);
+        let scene = Scene::of(&mut dump, sources)?;
         let mut cache = CodeCache::default();
         let crash = scene.crash(&dump, policy, &mut cache);
         let sources = Sources {
@@ -72,7 +71,7 @@ impl OfDump {
             name,
             format: dump.format().to_string(),
             coverage: (coverage.ram, coverage.captured),
-            remarks: dump.remarks().iter().map(ToString::to_string).chain(refused).collect(),
+            remarks: scene.remarks,
             kernel,
             crash,
             state,

@@ -32,10 +32,12 @@ pub struct Scene {
     pub vcpus: Vec<Registers>,
     /// Kernel release, if the dump says.
     pub release: Option<String>,
+    /// What is odd about the dump; debug files of modules that were not used, and why.
+    pub remarks: Vec<String>,
 }
 
 impl Scene {
-    /// Learns the kernel in a dump.
+    /// Learns the kernel in a dump, and the modules whose debug files are found.
     ///
     /// # Errors
     /// When it can't be understood, or is another one than was named.
@@ -48,11 +50,15 @@ impl Scene {
             .collect::<Result<Vec<_>, _>>()
             .context("registers")?;
         let release = release(core, &learned.layer.banner);
-        Ok(Self { learned, image, vcpus, release })
+        let remarks = core.remarks().iter().map(ToString::to_string).collect();
+        let mut scene = Self { learned, image, vcpus, release, remarks };
+        let refused = scene.learn_modules(&knowledge.debug_dirs);
+        scene.remarks.extend(refused);
+        Ok(scene)
     }
 
-    /// Learns the modules whose debug files are found, and says which files were refused and why.
-    pub fn learn_modules(&mut self, debug_dirs: &[PathBuf]) -> Vec<String> {
+    /// Says which files were refused and why.
+    fn learn_modules(&mut self, debug_dirs: &[PathBuf]) -> Vec<String> {
         if debug_dirs.is_empty() {
             return Vec::new();
         }
@@ -71,7 +77,8 @@ impl Scene {
         let (image, vcpus) = (&self.image, self.vcpus.as_slice());
         let situation = Situation { diagnosis: &diagnosis, image, memory: &memory, vcpus };
         let plan = quarantine::plan(&situation, policy, &Strikes::default());
-        Some(Crash { plan, diagnosis, release: self.release.clone(), remarks: Vec::new() })
+        let (release, remarks) = (self.release.clone(), self.remarks.clone());
+        Some(Crash { plan, diagnosis, release, remarks })
     }
 }
 
@@ -84,11 +91,8 @@ pub fn of_dump(
     knowledge: &KnowledgeSources,
     policy: &Policy,
 ) -> Result<Option<Crash>> {
-    let mut scene = Scene::of(core, knowledge)?;
-    let refused = scene.learn_modules(&knowledge.debug_dirs);
-    let remarks = core.remarks().iter().map(ToString::to_string).chain(refused).collect();
-    let crash = scene.crash(core, policy, &mut CodeCache::default());
-    Ok(crash.map(|crash| Crash { remarks, ..crash }))
+    let scene = Scene::of(core, knowledge)?;
+    Ok(scene.crash(core, policy, &mut CodeCache::default()))
 }
 
 /// The kernel's release, by the dump's notes or by what the kernel in it calls itself (`linux_banner`, init/version.c).
