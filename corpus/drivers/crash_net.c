@@ -23,6 +23,10 @@ struct card {
 	struct sk_buff_head ring;
 };
 
+static bool filter = true;
+module_param(filter, bool, 0);
+MODULE_PARM_DESC(filter, "look at packets that leave: in quarantine none of them would");
+
 static struct net_device *device;
 
 static int card_open(struct net_device *dev)
@@ -59,6 +63,9 @@ static netdev_tx_t card_xmit(struct sk_buff *skb, struct net_device *dev)
 
 	if (due("ndo-xmit"))
 		MISTAKE(1); /* CRASH: ndo-xmit */
+	/* Not once, but for good. */
+	if (unlikely(!strcmp(crash_armed, "card-dies")))
+		MISTAKE(3); /* CRASH: card-dies */
 	skb_orphan(skb);
 	skb->protocol = eth_type_trans(skb, dev);
 	skb_queue_tail(&c->ring, skb);
@@ -204,7 +211,7 @@ static int __init card_init(void)
 	if (error)
 		goto free;
 	dev_add_pack(&protocol);
-	error = nf_register_net_hook(&init_net, &output_hook);
+	error = filter ? nf_register_net_hook(&init_net, &output_hook) : 0;
 	if (!error)
 		error = misc_register(&control);
 	if (!error)
@@ -219,7 +226,8 @@ free:
 static void __exit card_exit(void)
 {
 	misc_deregister(&control);
-	nf_unregister_net_hook(&init_net, &output_hook);
+	if (filter)
+		nf_unregister_net_hook(&init_net, &output_hook);
 	dev_remove_pack(&protocol);
 	unregister_netdev(device);
 	free_netdev(device);

@@ -420,6 +420,29 @@ static long name_send(struct run *r)
 	return n;
 }
 
+/* Packets out of the interface that the place names, until it has no carrier any more: 0 then. */
+static long name_unplugged(struct run *r)
+{
+	char path[96];
+
+	snprintf(path, sizeof(path), "/sys/class/net/%s/carrier", r->place);
+	for (int i = 0; i < 40; i++) {
+		char carrier = '?';
+		int fd;
+
+		if (name_send(r) < 0 && errno != ENETDOWN && errno != ENOBUFS)
+			return -1;
+		fd = open(path, O_RDONLY | O_CLOEXEC);
+		if (fd < 0 || read(fd, &carrier, 1) != 1)
+			return -1;
+		close(fd);
+		if (carrier == '0')
+			return 0;
+	}
+	errno = ETIMEDOUT;
+	return -1;
+}
+
 /* The interface goes up unharmed, and then down. */
 static long name_down(struct run *r)
 {
@@ -487,6 +510,7 @@ static const struct {
 	{ "unlink", NULL, name_unlink },       { "mkdir", NULL, name_mkdir },
 	{ "mount", NULL, name_mount },         { "umount", NULL, name_umount },
 	{ "send", NULL, name_send },           { "down", NULL, name_down },
+	{ "unplugged", NULL, name_unplugged },
 	{ "datagram", NULL, name_datagram },   { "sh", NULL, name_shell },
 	{ "rename", NULL, name_rename },
 };

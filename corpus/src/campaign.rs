@@ -339,7 +339,7 @@ fn aftermath(case: &Case, agent: &mut crate::lab::Agent) -> Vec<String> {
         });
     }
     for command in case.after {
-        must(command, &|_| true);
+        must(command, &|answer| answer.number("status").map_or(true, |status| status == 0));
     }
     must("workload verify", &|answer| {
         answer.number("errors").is_ok_and(|n| n == 0)

@@ -123,7 +123,7 @@ fn course(case: &Case, snapshot: &Snapshot, panic_on_oops: bool) -> Result<Cours
 /// Whether a self-check, the workload or a command afterwards tells of no harm.
 fn sound(answer: &crate::lab::Answer) -> bool {
     let zero = |field| answer.number(field).map_or(true, |n| n == 0);
-    !answer.text().starts_with("bad") && zero("errors") && zero("stalled")
+    !answer.text().starts_with("bad") && zero("errors") && zero("stalled") && zero("status")
 }
 
 /// Runs a case on a fresh guest of a snapshot that was made with [`config`].

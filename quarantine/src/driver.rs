@@ -9,7 +9,7 @@ use crate::entries::{self, EntryPoint};
 use crate::guest_struct::Structures;
 use crate::plan::{Situation, Steps};
 use crate::values::{self, Value};
-use crate::{Policy, Reason, Standing, activity, error_return, process, sleepers};
+use crate::{Policy, Reason, Standing, activity, error_return, network, process, sleepers};
 
 /// `endbr64`, with which a function starts that may be called indirectly (kernels with IBT).
 const ENDBR: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
@@ -57,6 +57,7 @@ pub(crate) fn steps(
     steps.actions.extend_from_slice(release);
     let stop = activity::stop(&structures, module, &mut steps);
     steps.actions.extend(stop);
+    steps.actions.extend(network::unplug(&structures, module, &mut steps.notes));
     let wake = sleepers::wake(situation, module, &mut steps.notes);
     steps.actions.extend(wake);
     steps.actions.extend_from_slice(leave);
@@ -100,7 +101,7 @@ fn patch(
 ) -> Result<Option<Action>, Reason> {
     let Some(prototype) = &entry.prototype else { return Ok(None) };
     let types = &*situation.image.types;
-    let value = values::stub_value(&prototype.returns, &entry.name, entry.role, types)?;
+    let value = values::stub_value(prototype, &entry.name, entry.role, types)?;
     let refuse =
         |why: &str| Reason::Unpatchable { function: entry.name.clone(), why: why.to_owned() };
     let code = stub(&value).ok_or_else(|| refuse("its value does not fit into a patch"))?;

@@ -136,7 +136,7 @@ fn target(
     let mut registers = continued(situation, caller, entry)?;
     let entry_name = entry.function.as_deref().unwrap_or("the driver");
     let value = values::error_for_caller(
-        boundary.prototype.as_ref().map(|prototype| &prototype.returns),
+        boundary.prototype.as_ref(),
         &boundary.function,
         entry_name,
         rule,

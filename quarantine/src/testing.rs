@@ -23,11 +23,13 @@ pub(crate) struct FakeTypes {
     members: HashMap<(&'static str, &'static str), (u64, u64)>,
     sizes: HashMap<&'static str, u64>,
     enumerators: HashMap<&'static str, i64>,
-    prototypes: HashMap<(&'static str, &'static str), TypeShape>,
+    prototypes: HashMap<(&'static str, &'static str), Prototype>,
 }
 
 /// Members of structures: where, and how many bytes.
-const MEMBERS: [(&str, &str, u64, u64); 43] = [
+const MEMBERS: [(&str, &str, u64, u64); 48] = [
+    ("list_head", "next", 8, 8),
+    ("list_head", "prev", 0, 8),
     ("seq_operations", "start", 0, 8),
     ("seq_operations", "stop", 8, 8),
     ("seq_operations", "next", 16, 8),
@@ -51,6 +53,9 @@ const MEMBERS: [(&str, &str, u64, u64); 43] = [
     ("e820_entry", "addr", 0, 8),
     ("e820_entry", "size", 8, 8),
     ("e820_entry", "type", 16, 4),
+    ("net", "list", 0x10, 16),
+    ("net", "dev_base_head", 0x20, 16),
+    ("net_device", "dev_list", 0x30, 16),
     ("net_device", "netdev_ops", 0x18, 8),
     ("net_device", "features", 0x28, 8),
     ("net_device_ops", "ndo_start_xmit", 0x10, 8),
@@ -123,22 +128,33 @@ impl FakeTypes {
         ]);
         let ssize = int("ssize_t", 8, true);
         let number = int("int", 4, true);
-        types.prototypes.extend([
-            (("file_operations", "write"), ssize.clone()),
-            (("file_operations", "read"), ssize),
-            (("file_operations", "open"), number.clone()),
-            (("file_operations", "release"), number),
-            (("file_operations", "unlocked_ioctl"), int("long", 8, true)),
-            (("seq_operations", "start"), TypeShape::Pointer { to: None }),
-        ]);
+        for (structure, path, returns) in [
+            ("file_operations", "write", ssize.clone()),
+            ("file_operations", "read", ssize),
+            ("file_operations", "open", number.clone()),
+            ("file_operations", "release", number),
+            ("file_operations", "unlocked_ioctl", int("long", 8, true)),
+            ("seq_operations", "start", TypeShape::Pointer { to: None }),
+        ] {
+            types = types.with_prototype(structure, path, prototype(returns));
+        }
         types
+    }
+
+    /// The same with a function pointer of this type.
+    pub(crate) fn with_prototype(
+        mut self,
+        structure: &'static str,
+        path: &'static str,
+        prototype: Prototype,
+    ) -> Self {
+        self.prototypes.insert((structure, path), prototype);
+        self
     }
 
     /// The same with locks that are slept for.
     fn with_locks(mut self) -> Self {
         for (structure, path, offset, size) in [
-            ("list_head", "next", 8, 8),
-            ("list_head", "prev", 0, 8),
             ("mutex", "owner", 8, 8),
             ("mutex", "wait_lock", 4, 4),
             ("mutex", "wait_list", 0x10, 16),
@@ -180,7 +196,7 @@ impl Types for FakeTypes {
 
     fn member_prototype(&self, structure: &str, path: &str) -> Option<Prototype> {
         let found = self.prototypes.iter().find(|(key, _)| **key == (structure, path))?;
-        Some(prototype(found.1.clone()))
+        Some(found.1.clone())
     }
 }
 
@@ -242,8 +258,8 @@ pub(crate) fn context(kind: ExecutionContext, preempt_count: u32) -> Context {
 /// Addresses of the fake kernel; RAM is one to one behind them, see `Scene::new`.
 pub(crate) const TEXT: GuestVirt = GuestVirt(0xffff_ffff_8100_0000);
 pub(crate) const MODULE_TEXT: GuestVirt = GuestVirt(0xffff_ffff_c000_0000);
-const MODULE_DATA: GuestVirt = GuestVirt(0xffff_ffff_c000_2000);
-const DATA: GuestVirt = GuestVirt(0xffff_8880_0000_0000);
+pub(crate) const MODULE_DATA: GuestVirt = GuestVirt(0xffff_ffff_c000_2000);
+pub(crate) const DATA: GuestVirt = GuestVirt(0xffff_8880_0000_0000);
 /// The lowest address of the crashed task's stack.
 pub(crate) const STACK: GuestVirt = GuestVirt(0xffff_c900_0000_0000);
 const STACK_SIZE: u64 = 0x4000;
@@ -258,7 +274,7 @@ pub(crate) const PREEMPT_COUNT: GuestVirt = GuestVirt(PER_CPU.0 + 0x20);
 pub(crate) const RAM: u64 = 8 << 20;
 
 /// Kernel functions of the fake kernel, 0x40 bytes each.
-const FUNCTIONS: [&str; 19] = [
+const FUNCTIONS: [&str; 21] = [
     "vfs_write",
     "mutex_unlock",
     "up_write",
@@ -278,6 +294,8 @@ const FUNCTIONS: [&str; 19] = [
     "signal_wake_up_state",
     "sched_tick",
     "wake_up_process",
+    "netif_device_detach",
+    "netif_carrier_off",
 ];
 /// Driver functions: name, and what they return (`None` = not known).
 const DRIVER: [(&str, Option<&str>); 6] = [
@@ -347,6 +365,7 @@ impl Scene {
         self.set_member("task_struct", "stack_vm_area", self.task, (DATA + 0x440).0);
         self.set_member("task_struct", "stack", INIT_TASK, (DATA + 0x500).0);
         self.poke_word(DATA + 0x500, STACK_MARK);
+        self.set_member("list_head", "next", DATA + 0xca0, (DATA + 0xca0).0);
         self.poke_word(STACK, STACK_MARK);
         self.set_member("rq", "curr", PER_CPU + 0x80, self.task.0);
         self.set_member("tlb_state", "loaded_mm", self.tlb_state(), (DATA + 0xc20).0);
@@ -481,6 +500,23 @@ impl Scene {
             link = action + 16;
         }
         self.lines += 1;
+    }
+
+    /// Two network devices with operations there, in the only namespace.
+    pub(crate) fn add_network(&mut self, operations: [GuestVirt; 2]) -> [GuestVirt; 2] {
+        let (list, namespace) = (DATA + 0xca0, DATA + 0x3b00);
+        let devices = [DATA + 0x3b80, DATA + 0x3c00];
+        let rings: [&[GuestVirt]; 2] =
+            [&[list, namespace + 0x10], &[namespace + 0x20, devices[0] + 0x30, devices[1] + 0x30]];
+        for ring in rings {
+            for (at, next) in ring.iter().zip(ring.iter().cycle().skip(1)) {
+                self.set_member("list_head", "next", *at, next.0);
+            }
+        }
+        for (device, operations) in devices.into_iter().zip(operations) {
+            self.set_member("net_device", "netdev_ops", device, operations.0);
+        }
+        devices
     }
 
     /// A device whose packets the driver's entry sends, in a register of the caller; gives its address.
@@ -627,6 +663,7 @@ fn image(machine: &FakeMachine, types: FakeTypes) -> RepairImage {
         ("init_mm", 0xc20),
         ("vm_node_stat", 0xc60),
         ("node_data", 0xc90),
+        ("net_namespace_list", 0xca0),
         ("e820_table", 0xc18),
         ("irq_desc_tree", 0xc40),
         ("jiffies_64", 0xc00),

@@ -3,11 +3,12 @@
 
 use std::fmt;
 
-use repair_image::{TypeShape, Types};
+use repair_image::{Prototype, TypeShape, Types};
 use serde::Serialize;
 
 use crate::Reason;
 use crate::boundaries::{Fixed, Rule};
+use crate::contracts;
 
 /// `EIO`, include/uapi/asm-generic/errno-base.h.
 const EIO: i64 = 5;
@@ -34,6 +35,10 @@ impl Value {
         Self { number: Some(number), name: name.to_owned(), why: why.to_owned() }
     }
 
+    fn error_pointer(why: &str) -> Self {
+        Self::new(-EIO, "ERR_PTR(-EIO)", why)
+    }
+
     pub(crate) fn nothing(why: &str) -> Self {
         Self { number: None, name: "nothing".to_owned(), why: why.to_owned() }
     }
@@ -58,10 +63,9 @@ pub(crate) enum Role {
     Work,
 }
 
-/// The value that hands an error to `caller`, which called `entry`, a function that returns
-/// `returns`.
+/// The value that hands an error to `caller`, which called `entry`, a function of this type.
 pub(crate) fn error_for_caller(
-    returns: Option<&TypeShape>,
+    prototype: Option<&Prototype>,
     caller: &str,
     entry: &str,
     rule: Option<&Rule>,
@@ -71,6 +75,7 @@ pub(crate) fn error_for_caller(
         let function = caller.to_owned();
         return Err(Reason::NotReturnable { function, why: why.to_owned() });
     }
+    let returns = prototype.map(|prototype| &prototype.returns);
     if returns == Some(&TypeShape::Void) {
         return Ok(Value::nothing("the function returns nothing"));
     }
@@ -93,22 +98,26 @@ pub(crate) fn error_for_caller(
     if let TypeShape::Pointer { .. } = shape
         && checks_pointers
     {
-        return Ok(Value::new(
-            -EIO,
-            "ERR_PTR(-EIO)",
-            "the caller checks the pointer with IS_ERR()",
-        ));
+        return Ok(Value::error_pointer("the caller checks the pointer with IS_ERR()"));
     }
-    by_type(shape, types, Role::Work, caller)
+    // Which caller it is, inlining may have hidden; what operation was called, its type may tell.
+    by_type(shape, types, Role::Work, caller).or_else(|refused| {
+        let contract = prototype.and_then(|prototype| contracts::of(prototype, types));
+        contract.map_or(Err(refused), |fixed| of_contract(fixed, entry, types))
+    })
 }
 
 /// The value that an entry point of a quarantined driver returns from now on.
 pub(crate) fn stub_value(
-    returns: &TypeShape,
+    prototype: &Prototype,
     function: &str,
     role: Role,
     types: &dyn Types,
 ) -> Result<Value, Reason> {
+    if let Some(fixed) = contracts::of(prototype, types) {
+        return of_contract(fixed, function, types);
+    }
+    let returns = &prototype.returns;
     match (returns, role) {
         (TypeShape::Enum { tag, .. }, _) if tag == "irqreturn" => enumerator(
             types,
@@ -126,6 +135,20 @@ pub(crate) fn stub_value(
             Ok(Value::new(-ENODEV, "-ENODEV", "the device is no longer there"))
         }
         _ => by_type(returns, types, role, function),
+    }
+}
+
+fn of_contract(fixed: Fixed, function: &str, types: &dyn Types) -> Result<Value, Reason> {
+    match fixed {
+        Fixed::Nothing => Ok(Value::nothing("its callers expect nothing")),
+        Fixed::Number(number, name, why) => Ok(Value::new(number, name, why)),
+        Fixed::Enumerator(name, why) => enumerator(types, name, why),
+        Fixed::ErrorPointer => {
+            Ok(Value::error_pointer("its callers check the pointer with IS_ERR()"))
+        }
+        Fixed::Never(why) => {
+            Err(Reason::Unpatchable { function: function.to_owned(), why: why.to_owned() })
+        }
     }
 }
 
@@ -202,11 +225,12 @@ pub(crate) fn describe(shape: &TypeShape) -> String {
 mod tests {
     use super::*;
     use crate::boundaries::rule;
-    use crate::testing::{FakeTypes, int, tagged};
+    use crate::testing::{FakeTypes, int, prototype, tagged};
 
     fn value(returns: Option<TypeShape>, caller: &str) -> Result<Option<i64>, Reason> {
         let types = FakeTypes::linux();
-        error_for_caller(returns.as_ref(), caller, "f", rule(caller), &types).map(|v| v.number)
+        let prototype = returns.map(prototype);
+        error_for_caller(prototype.as_ref(), caller, "f", rule(caller), &types).map(|v| v.number)
     }
 
     #[test]
@@ -266,7 +290,9 @@ mod tests {
     #[test]
     fn a_network_device_offers_nothing_and_sends_by_its_first_queue() {
         let types = FakeTypes::linux();
-        let stub = |shape: &TypeShape, name| stub_value(shape, name, Role::Work, &types);
+        let stub = |shape: &TypeShape, name| {
+            stub_value(&prototype(shape.clone()), name, Role::Work, &types)
+        };
         let features = stub(&int("netdev_features_t", 8, false), "tun_net_fix_features");
         assert_eq!(features.unwrap().number, Some(0));
         let queue = int("u16", 2, false);
@@ -275,9 +301,29 @@ mod tests {
     }
 
     #[test]
+    fn the_table_of_operations_tells_what_a_type_does_not() {
+        let shape = TypeShape::Pointer { to: Some("dentry".to_owned()) };
+        let (lookup, command) = (prototype(shape), prototype(int("int", 4, true)));
+        let types = FakeTypes::linux()
+            .with_prototype("inode_operations", "lookup", lookup.clone())
+            .with_prototype("scsi_host_template", "queuecommand", command.clone());
+        let found = stub_value(&lookup, "vfat_lookup", Role::Work, &types).unwrap();
+        assert_eq!((found.number, found.name.as_str()), (Some(-5), "ERR_PTR(-EIO)"));
+        // A caller into which those were inlined that the operation is called by.
+        let returned = error_for_caller(Some(&lookup), "path_openat", "f", None, &types).unwrap();
+        assert_eq!(returned.number, Some(-5));
+        let returned = error_for_caller(Some(&command), "scsi_queue_rq", "f", None, &types);
+        assert_eq!(returned.unwrap().name, "-EIO", "what a type tells holds for the caller");
+        let refused = stub_value(&command, "f", Role::Work, &types);
+        assert!(matches!(refused, Err(Reason::Unpatchable { .. })));
+    }
+
+    #[test]
     fn stubs_differ_by_role() {
         let types = FakeTypes::linux();
-        let stub = |shape: &TypeShape, role| stub_value(shape, "f", role, &types).unwrap().number;
+        let stub = |shape: &TypeShape, role| {
+            stub_value(&prototype(shape.clone()), "f", role, &types).unwrap().number
+        };
         assert_eq!(stub(&int("int", 4, true), Role::Open), Some(-19));
         assert_eq!(stub(&int("int", 4, true), Role::Release), Some(0));
         assert_eq!(stub(&int("ssize_t", 8, true), Role::Work), Some(-5));
@@ -285,6 +331,6 @@ mod tests {
         assert_eq!(stub(&TypeShape::Void, Role::Release), None);
         let pointer = TypeShape::Pointer { to: None };
         assert_eq!(stub(&pointer, Role::Sequence), Some(0));
-        assert!(stub_value(&pointer, "f", Role::Work, &types).is_err());
+        assert!(stub_value(&prototype(pointer), "f", Role::Work, &types).is_err());
     }
 }

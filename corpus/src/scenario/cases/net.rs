@@ -29,6 +29,17 @@ pub(super) const CASES: &[Case] = &[
     administered("ndo-stats", "sh:cat+/sys/class/net/crash0/statistics/rx_packets>/dev/null")
         .sees(Sight::Value(0)),
     sent("ndo-xmit"),
+    // The third crash costs the driver: the card is then one without a link, which goes down but not up again.
+    administered("card-dies", "unplugged:crash0")
+        .with_parameters("filter=0")
+        .sees(Sight::Value(0))
+        .quarantines()
+        .then(&[
+            "exec ip link set crash0 down",
+            "exec ip link set crash0 up; test $? = 2",
+            "exec rmmod crash_net; test $? = 1",
+            "exec ip link show crash0",
+        ]),
     sent("napi-poll").within(Softirq),
     sent("packet-type").within(Softirq),
     sent("skb-destructor").within(Softirq),
