@@ -94,12 +94,12 @@ impl Sums {
         let rungs: Vec<String> =
             self.rungs.iter().map(|(rung, count)| format!("{count} by rung {rung}")).collect();
         let (before, after) = sitting.available_kib;
-        let (rss_before, rss_after) = sitting.guard_kib;
+        let (own_before, own_after) = sitting.guard_kib;
         let mut text = format!(
             "{} crashes in {:.0} s: {}; {} with something wrong, {} drivers loaded again\n\
              downtime: median {}, p99 {}, longest {}\n\
              guest memory available: {before} KiB before, {after} KiB after ({} KiB less)\n\
-             guard's resident memory: {rss_before} KiB before, {rss_after} KiB after\n",
+             guard's own memory: {own_before} KiB before, {own_after} KiB after\n",
             sitting.crashes.len(),
             sitting.took.as_secs_f64(),
             rungs.join(", "),
@@ -127,7 +127,7 @@ impl Sums {
             "crashes": sitting.crashes.len(), "rungs": rungs, "with_something_wrong": self.wrong,
             "reloaded": self.reloaded, "wrong": sitting.wrong, "seconds": sitting.took.as_secs(),
             "available_kib": { "before": sitting.available_kib.0, "after": sitting.available_kib.1 },
-            "guard_rss_kib": { "before": sitting.guard_kib.0, "after": sitting.guard_kib.1 },
+            "guard_own_kib": { "before": sitting.guard_kib.0, "after": sitting.guard_kib.1 },
             "downtime_us": { "p50": time(50), "p99": time(99), "max": time(100) },
         }})
         .to_string()

@@ -69,7 +69,7 @@ pub struct Sitting {
     pub wrong: Vec<String>,
     /// The guest's available memory before and after, KiB.
     pub available_kib: (u64, u64),
-    /// The guard's resident memory before and after, KiB.
+    /// The guard's own memory before and after, without the guest's that it maps, KiB.
     pub guard_kib: (u64, u64),
     /// From the first crash to the last.
     pub took: Duration,
@@ -124,7 +124,7 @@ pub fn run(
     let mut guard = Guard::start(config, &vm.qmp())?;
     guard.await_event("armed", ARM_LIMIT)?;
     let mut sitting = Sitting { available_kib: (available(&mut vm)?, 0), ..Sitting::default() };
-    sitting.guard_kib.0 = resident(guard.pid());
+    sitting.guard_kib.0 = own_memory(guard.pid());
     let begin = Instant::now();
     for index in 0..count {
         let number = crate::inject::scatter(crate::inject::scatter(seed).wrapping_add(index));
@@ -148,7 +148,7 @@ pub fn run(
     }
     sitting.took = begin.elapsed();
     sitting.available_kib.1 = available(&mut vm)?;
-    sitting.guard_kib.1 = resident(guard.pid());
+    sitting.guard_kib.1 = own_memory(guard.pid());
     sitting.wrong.extend(workload(&mut vm, "workload verify", count));
     sitting.wrong.extend(workload(&mut vm, "workload stop", count));
     let status = guard.detach()?;
@@ -251,7 +251,7 @@ pub fn page(subject: &str, sitting: &Sitting) -> String {
         &["", "Before", "After"],
         &[
             kib("Guest memory available", sitting.available_kib),
-            kib("Guard's resident memory", sitting.guard_kib),
+            kib("Guard's own memory", sitting.guard_kib),
         ],
     );
     for line in &sitting.wrong {
@@ -280,11 +280,11 @@ fn available(vm: &mut Vm) -> Result<u64> {
     number.ok_or_else(|| Error::Answer { field: "MemAvailable", answer: answer.text().to_owned() })
 }
 
-/// Resident memory of a process in KiB; 0 when it is gone.
-fn resident(pid: u32) -> u64 {
+/// Memory of a process's own in KiB, without the guest's RAM that it maps; 0 when it is gone.
+fn own_memory(pid: u32) -> u64 {
     let path = format!("/proc/{pid}/status");
     let status = std::fs::read_to_string(Path::new(&path)).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
     line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
 }
 
@@ -302,7 +302,7 @@ mod tests {
 
     #[test]
     fn own_memory_is_known_and_that_of_nobody_is_none() {
-        assert!(resident(std::process::id()) > 100);
-        assert_eq!(resident(u32::MAX), 0);
+        assert!(own_memory(std::process::id()) > 100);
+        assert_eq!(own_memory(u32::MAX), 0);
     }
 }
