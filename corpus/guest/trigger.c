@@ -267,6 +267,7 @@ static const struct {
 	{ "release", run_release },       { "uname", run_uname },     { "pipe-read", run_pipe_read },
 	{ "pipe-write", run_pipe_write },
 	{ "getpriority", run_getpriority }, { "eventfd", run_eventfd }, { "warn", run_warn },       { "sysrq", run_sysrq },
+	{ "out-of-memory", run_out_of_memory },
 	{ "sethostname", run_sethostname },
 	{ "damaged-file", run_damaged_file }, { "damaged-socket", run_damaged_socket },
 	/* The operation of a name with a colon. */

@@ -22,6 +22,7 @@ long put(struct run *r, const char *prefix);
 /* trigger_core.c */
 long run_warn(struct run *r);
 long run_sysrq(struct run *r);
+long run_out_of_memory(struct run *r);
 long run_sethostname(struct run *r);
 long run_damaged_file(struct run *r);
 long run_damaged_socket(struct run *r);

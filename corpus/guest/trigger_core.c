@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -55,6 +56,20 @@ long run_sysrq(struct run *r)
 {
 	(void)r;
 	return put_text("/proc/sysrq-trigger", "c");
+}
+
+/* All memory there is, where an administrator has asked for a panic then. */
+long run_out_of_memory(struct run *r)
+{
+	enum { PART = 1 << 20 };
+	char *part;
+
+	(void)r;
+	if (put_text("/proc/sys/vm/panic_on_oom", "2") < 0)
+		return -1;
+	while ((part = malloc(PART)))
+		memset(part, 1, PART);
+	return 0;
 }
 
 /* The driver damages the open file named, in the way that the test says; then it is read. */

@@ -37,4 +37,9 @@ pub(super) const CASES: &[Case] = &[
         .fails_in("inet_recvmsg"),
     // An administrator asks for a crash.
     Case::new("sysrq", CORE, Panic, &[]).by("sysrq", "sysrq").fails_in("sysrq_handle_crash"),
+    // An administrator has asked for one where memory runs out: whoever went on would ask for more at once.
+    Case::new("out-of-memory", CORE, Panic, &[Mutex])
+        .by("out-of-memory", "out-of-memory")
+        .in_core("out_of_memory")
+        .refused_for("memory has run out"),
 ];
