@@ -359,6 +359,7 @@ fn aftermath(case: &Case, agent: &mut crate::lab::Agent) -> Vec<String> {
 fn own_lines(case: &Case) -> (i64, &'static [&'static str]) {
     use Class::{Bug, DoubleFree, Fortify, ListCorruption, Usercopy, Warning};
     match case.class {
+        _ if !case.logs.is_empty() => (i64::MAX, case.logs),
         // report_bug() prints its line before the kernel knows whether it is going to oops; a check of lists prints
         // one of its own besides, and __fortify_report() warns first since v6.9.
         Bug | ListCorruption | Usercopy | DoubleFree | Fortify => (

@@ -67,6 +67,12 @@ const CONTRACTS: &[Contract] = &[
         "error_detected",
         Fixed::Enumerator("PCI_ERS_RESULT_DISCONNECT", "the device is no longer driven"),
     ),
+    // block/blk-core.c: __submit_bio(). What it is given must be ended, by bio_endio(), and a stub does not.
+    (
+        "block_device_operations",
+        "submit_bio",
+        Fixed::Never("I/O that is dropped is waited for without end"),
+    ),
     // drivers/scsi/scsi_lib.c: scsi_dispatch_cmd() takes any error for a busy host.
     (
         "scsi_host_template",

@@ -3,13 +3,16 @@
 
 use guest::{GuestVirt, Reg};
 use repair_image::Module;
+use repair_image::payload::MAX_CALLS;
 
 use crate::action::Action;
 use crate::entries::{self, EntryPoint};
 use crate::guest_struct::Structures;
 use crate::plan::{Situation, Steps};
 use crate::values::{self, Value};
-use crate::{Policy, Reason, Standing, activity, error_return, network, process, sleepers};
+use crate::{
+    Policy, Reason, Standing, activity, error_return, network, process, requests, sleepers,
+};
 
 /// `endbr64`, with which a function starts that may be called indirectly (kernels with IBT).
 const ENDBR: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
@@ -55,11 +58,16 @@ pub(crate) fn steps(
     let calls = way_out.actions.iter().take_while(is_call).count();
     let (release, leave) = way_out.actions.split_at(calls);
     steps.actions.extend_from_slice(release);
-    let stop = activity::stop(&structures, module, &mut steps);
-    steps.actions.extend(stop);
-    steps.actions.extend(network::unplug(&structures, module, &mut steps.notes));
-    let wake = sleepers::wake(situation, module, &mut steps.notes);
-    steps.actions.extend(wake);
+    // One run takes so many calls: first what nobody else would ever do.
+    let mut calm = requests::end(situation, module, &mut steps.notes);
+    calm.extend(sleepers::wake(situation, module, &mut steps.notes));
+    calm.extend(activity::stop(&structures, module, &mut steps));
+    calm.extend(network::unplug(&structures, module, &mut steps.notes));
+    let room = MAX_CALLS.saturating_sub(release.len());
+    if calm.len() > room {
+        steps.notes.push(format!("{} calls too many are left out", calm.len() - room));
+    }
+    steps.actions.extend(calm.into_iter().take(room));
     steps.actions.extend_from_slice(leave);
     steps.notes.extend(way_out.notes);
     Ok(steps)

@@ -1,6 +1,8 @@
 //! Reading members of the guest's structures by name. Offsets come from the kernel's own types;
 //! knows no particular structure.
 
+use std::collections::HashSet;
+
 use guest::{GuestVirt, VirtMemory};
 use repair_image::RepairImage;
 
@@ -52,6 +54,41 @@ impl Structures<'_> {
             structure: structure.to_owned(),
             path: path.to_owned(),
         })
+    }
+
+    /// Address of a member that must be there.
+    pub(crate) fn need_at(
+        &self,
+        at: GuestVirt,
+        structure: &str,
+        path: &str,
+    ) -> Result<GuestVirt, Reason> {
+        self.member_at(at, structure, path).ok_or_else(|| Reason::MissingMember {
+            structure: structure.to_owned(),
+            path: path.to_owned(),
+        })
+    }
+
+    /// The structures on a ring of `list_head`s, linked by a member, up to its head.
+    pub(crate) fn list(
+        &self,
+        head: GuestVirt,
+        (structure, link): (&str, &str),
+        most: usize,
+    ) -> Result<Vec<GuestVirt>, Reason> {
+        let offset = self.need_at(GuestVirt(0), structure, link)?.0;
+        let (mut found, mut met) = (Vec::new(), HashSet::new());
+        let mut at = GuestVirt(self.need(head, "list_head", "next")?);
+        while at != head {
+            if found.len() >= most || !at.is_kernel_half() || !met.insert(at) {
+                return Err(Reason::Inconsistent {
+                    what: format!("the list of {structure}s at {head:#x} does not end"),
+                });
+            }
+            found.push(GuestVirt(at.0.wrapping_sub(offset)));
+            at = GuestVirt(self.need(at, "list_head", "next")?);
+        }
+        Ok(found)
     }
 
     /// Address of a per-CPU value that is a variable of its own or a member of `pcpu_hot`: commit

@@ -1,8 +1,6 @@
 //! The network devices of a driver that is quarantined, and the calls that unplug them: users see a card without a
 //! link, and packets for it are dropped by the network core. What else a driver has under way is `activity.rs`'s.
 
-use std::collections::HashSet;
-
 use guest::GuestVirt;
 use repair_image::Module;
 
@@ -62,9 +60,9 @@ fn devices(structures: &Structures<'_>, module: &Module) -> Result<Vec<GuestVirt
         return Ok(found);
     };
     let mut left = DEVICES_MAX;
-    for namespace in list(structures, namespaces, ("net", "list"), NAMESPACES_MAX)? {
-        let head = member_at(structures, namespace, "net", "dev_base_head")?;
-        let all = list(structures, head, ("net_device", "dev_list"), left)?;
+    for namespace in structures.list(namespaces, ("net", "list"), NAMESPACES_MAX)? {
+        let head = structures.need_at(namespace, "net", "dev_base_head")?;
+        let all = structures.list(head, ("net_device", "dev_list"), left)?;
         left -= all.len();
         for device in all {
             let operations = structures.need(device, "net_device", "netdev_ops")?;
@@ -74,41 +72,6 @@ fn devices(structures: &Structures<'_>, module: &Module) -> Result<Vec<GuestVirt
         }
     }
     Ok(found)
-}
-
-/// The structures on a ring of `list_head`s, which ends at its head.
-fn list(
-    structures: &Structures<'_>,
-    head: GuestVirt,
-    (structure, link): (&str, &str),
-    most: usize,
-) -> Result<Vec<GuestVirt>, Reason> {
-    let offset = member_at(structures, GuestVirt(0), structure, link)?.0;
-    let broken = || Reason::Inconsistent {
-        what: format!("the list at {head:#x} of {structure}s does not end"),
-    };
-    let (mut found, mut met) = (Vec::new(), HashSet::new());
-    let mut at = GuestVirt(structures.need(head, "list_head", "next")?);
-    while at != head {
-        if found.len() >= most || !at.is_kernel_half() || !met.insert(at) {
-            return Err(broken());
-        }
-        found.push(GuestVirt(at.0.wrapping_sub(offset)));
-        at = GuestVirt(structures.need(at, "list_head", "next")?);
-    }
-    Ok(found)
-}
-
-fn member_at(
-    structures: &Structures<'_>,
-    at: GuestVirt,
-    structure: &str,
-    path: &str,
-) -> Result<GuestVirt, Reason> {
-    structures.member_at(at, structure, path).ok_or_else(|| Reason::MissingMember {
-        structure: structure.to_owned(),
-        path: path.to_owned(),
-    })
 }
 
 #[cfg(test)]

@@ -27,7 +27,21 @@ pub(crate) struct FakeTypes {
 }
 
 /// Members of structures: where, and how many bytes.
-const MEMBERS: [(&str, &str, u64, u64); 48] = [
+const MEMBERS: [(&str, &str, u64, u64); 62] = [
+    ("backing_dev_info", "bdi_list", 8, 16),
+    ("backing_dev_info", "owner", 0x18, 8),
+    ("block_device", "bd_device", 0x10, 0x40),
+    ("block_device", "bd_disk", 0, 8),
+    ("block_device", "bd_queue", 8, 8),
+    ("gendisk", "part0", 0, 8),
+    ("gendisk", "fops", 8, 8),
+    ("request_queue", "tag_set", 0x10, 8),
+    ("blk_mq_tag_set", "nr_hw_queues", 0, 4),
+    ("blk_mq_tag_set", "tags", 8, 8),
+    ("blk_mq_tags", "nr_tags", 0, 4),
+    ("blk_mq_tags", "rqs", 8, 8),
+    ("request", "q", 0, 8),
+    ("request", "state", 8, 4),
     ("list_head", "next", 8, 8),
     ("list_head", "prev", 0, 8),
     ("seq_operations", "start", 0, 8),
@@ -125,6 +139,7 @@ impl FakeTypes {
             ("NETIF_F_LLTX_BIT", 0),
             ("NR_WRITEBACK", 2),
             ("NR_WRITTEN", 3),
+            ("MQ_RQ_IN_FLIGHT", 1),
         ]);
         let ssize = int("ssize_t", 8, true);
         let number = int("int", 4, true);
@@ -274,7 +289,7 @@ pub(crate) const PREEMPT_COUNT: GuestVirt = GuestVirt(PER_CPU.0 + 0x20);
 pub(crate) const RAM: u64 = 8 << 20;
 
 /// Kernel functions of the fake kernel, 0x40 bytes each.
-const FUNCTIONS: [&str; 21] = [
+const FUNCTIONS: [&str; 23] = [
     "vfs_write",
     "mutex_unlock",
     "up_write",
@@ -296,6 +311,8 @@ const FUNCTIONS: [&str; 21] = [
     "wake_up_process",
     "netif_device_detach",
     "netif_carrier_off",
+    "blk_mq_end_request",
+    "blk_mq_start_stopped_hw_queues",
 ];
 /// Driver functions: name, and what they return (`None` = not known).
 const DRIVER: [(&str, Option<&str>); 6] = [
@@ -365,7 +382,9 @@ impl Scene {
         self.set_member("task_struct", "stack_vm_area", self.task, (DATA + 0x440).0);
         self.set_member("task_struct", "stack", INIT_TASK, (DATA + 0x500).0);
         self.poke_word(DATA + 0x500, STACK_MARK);
-        self.set_member("list_head", "next", DATA + 0xca0, (DATA + 0xca0).0);
+        for empty in [DATA + 0xca0, DATA + 0xcb0] {
+            self.set_member("list_head", "next", empty, empty.0);
+        }
         self.poke_word(STACK, STACK_MARK);
         self.set_member("rq", "curr", PER_CPU + 0x80, self.task.0);
         self.set_member("tlb_state", "loaded_mm", self.tlb_state(), (DATA + 0xc20).0);
@@ -519,6 +538,39 @@ impl Scene {
         devices
     }
 
+    /// The only disk, with operations there and one queue of its hardware that knows three requests: two of them are
+    /// started.
+    pub(crate) fn add_disk(&mut self, operations: GuestVirt) -> [GuestVirt; 3] {
+        let base = DATA + 0x3d00;
+        let (entry, device, disk, queue) = (base, base + 0x20, base + 0x80, base + 0xa0);
+        let (set, array, tags, requests) = (base + 0xc0, base + 0xd0, base + 0xe0, base + 0x100);
+        let all = [base + 0x140, base + 0x160, base + 0x180];
+        for (at, next) in [(DATA + 0xcb0, entry + 8), (entry + 8, DATA + 0xcb0)] {
+            self.set_member("list_head", "next", at, next.0);
+        }
+        for (structure, path, at, value) in [
+            ("backing_dev_info", "owner", entry, (device + 0x10).0),
+            ("block_device", "bd_disk", device, disk.0),
+            ("block_device", "bd_queue", device, queue.0),
+            ("gendisk", "part0", disk, device.0),
+            ("gendisk", "fops", disk, operations.0),
+            ("request_queue", "tag_set", queue, set.0),
+            ("blk_mq_tag_set", "nr_hw_queues", set, 1),
+            ("blk_mq_tag_set", "tags", set, array.0),
+            ("blk_mq_tags", "nr_tags", tags, 4),
+            ("blk_mq_tags", "rqs", tags, requests.0),
+        ] {
+            self.set_member(structure, path, at, value);
+        }
+        self.poke_word(array, tags.0);
+        for (index, request) in (0..).zip(all) {
+            self.poke_word(requests + index * 8, request.0);
+            self.set_member("request", "q", request, queue.0);
+            self.set_member("request", "state", request, u64::from(index < 2));
+        }
+        all
+    }
+
     /// A device whose packets the driver's entry sends, in a register of the caller; gives its address.
     pub(crate) fn sends_packets(&mut self, diagnosis: &mut Diagnosis, features: u64) -> GuestVirt {
         let (device, operations) = (DATA + 0x600, DATA + 0x680);
@@ -664,6 +716,7 @@ fn image(machine: &FakeMachine, types: FakeTypes) -> RepairImage {
         ("vm_node_stat", 0xc60),
         ("node_data", 0xc90),
         ("net_namespace_list", 0xca0),
+        ("bdi_list", 0xcb0),
         ("e820_table", 0xc18),
         ("irq_desc_tree", 0xc40),
         ("jiffies_64", 0xc00),

@@ -34,6 +34,7 @@ const SOURCES: &[Source] = sources![
     "crash_arm.h",
     "crash_chardev.c",
     "crash_hang.c",
+    "crash_disk.c",
     "crash_load.c",
     "crash_locks.c",
     "crash_timer.c",

@@ -217,6 +217,8 @@ pub struct Case {
     pub refused: Option<&'static str>,
     /// Whether it comes again until the driver is quarantined, whose device then fails with EIO.
     pub quarantined: bool,
+    /// What the kernel's log may tell of afterwards, as often as it likes: the loss of the driver.
+    pub logs: &'static [&'static str],
 }
 
 impl Case {
@@ -277,6 +279,7 @@ impl Case {
             has_lines: true,
             refused: None,
             quarantined: false,
+            logs: &[],
         }
     }
 
@@ -363,6 +366,12 @@ impl Case {
     /// It comes again and again, until the driver is quarantined.
     pub(super) const fn quarantines(mut self) -> Self {
         self.quarantined = true;
+        self
+    }
+
+    /// The kernel itself tells of what is lost.
+    pub(super) const fn logs(mut self, lines: &'static [&'static str]) -> Self {
+        self.logs = lines;
         self
     }
 

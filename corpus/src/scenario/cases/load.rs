@@ -1,4 +1,4 @@
-//! crash_load: a driver is quarantined while others are inside it.
+//! crash_load, crash_disk: a driver is quarantined while others are inside it or wait for it.
 
 use crate::scenario::Class::NullDereference;
 use crate::scenario::Resource::Mutex;
@@ -18,4 +18,11 @@ pub(super) const CASES: &[Case] = &[
         .by("asleep:wait", "asleep,sleeper")
         .waiter_sees(GONE)
         .quarantines(),
+    // Who waits for a block of its disk sleeps in the core kernel, for a request that only the driver would end.
+    Case::new("disk-dies", "crash_disk", NullDereference, &[])
+        .by("asleep:read:/dev/silent", "disk-dies,wait")
+        .waiter_sees(EIO)
+        .quarantines()
+        .logs(&["I/O error, dev silent"])
+        .then(&["exec dd if=/dev/silent of=/dev/null count=1; test $? = 1"]),
 ];
