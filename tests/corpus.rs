@@ -38,6 +38,7 @@ const ON_6_12: &[&str] = &[
     "page-table",
     "asleep-ioctl",
     "asleep-poll",
+    "disk-dies",
     "uring-worker",
     "queue-rq",
     "msi-thread",

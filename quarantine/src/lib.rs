@@ -6,6 +6,7 @@ mod action;
 mod activity;
 mod apply;
 mod boundaries;
+mod bus_master;
 mod bystanders;
 mod callbacks;
 mod contracts;

@@ -1,13 +1,14 @@
 //! Requests that a block driver has taken and not ended when it is quarantined: nobody else would end them, and who waits
 //! for a block of a disk waits for ever. Requests that it is still to be given fail by its entry.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use guest::{GuestVirt, Reg};
 use repair_image::Module;
 
 use crate::Reason;
 use crate::action::Action;
+use crate::bus_master::{self, Hardware};
 use crate::guest_struct::Structures;
 use crate::occupants;
 use crate::plan::Situation;
@@ -27,7 +28,8 @@ const WORDS_MAX: u64 = 4096;
 
 /// The calls that end the driver's requests with an I/O error, and let queues go on that it had stopped. None of them while
 /// somebody else is inside the driver, who may be about to end a request himself; nor for a request that the crashed
-/// call has in hand, which its caller may end. What is left is noted.
+/// call has in hand, which its caller may end. Who waited may give the request's memory to others at once: the hardware
+/// must have no way to it any more. What is left is noted.
 pub(crate) fn end(
     situation: &Situation<'_>,
     module: &Module,
@@ -53,21 +55,52 @@ pub(crate) fn end(
     if others.is_empty() {
         return Vec::new();
     }
-    let left = |why: &str| format!("{} requests to {} never end: {why}", others.len(), module.name);
+    calls(situation, module, &others).unwrap_or_else(|why| {
+        notes.push(format!("{} requests to {} never end: {why}", others.len(), module.name));
+        Vec::new()
+    })
+}
+
+/// The calls for these requests, or why there can be none.
+fn calls(
+    situation: &Situation<'_>,
+    module: &Module,
+    requests: &[Request],
+) -> Result<Vec<Action>, String> {
+    if requests.len() > ENDED_MAX {
+        return Err("they are too many".to_owned());
+    }
     if let Some(occupant) = occupants::first(situation, module) {
-        notes.push(left(&format!("{occupant} is inside the driver and may hold one")));
-        return Vec::new();
+        return Err(format!("{occupant} is inside the driver and may hold one"));
     }
-    if others.len() > ENDED_MAX {
-        notes.push(left("they are too many"));
-        return Vec::new();
+    let structures = Structures { image: situation.image, memory: situation.memory };
+    let mut calls = silence(&structures, requests)?;
+    calls.extend(endings(&structures, requests));
+    Ok(calls)
+}
+
+/// The calls after which no hardware touches the requests' memory. What it does at this moment has an end too: a hypervisor that
+/// has stopped its vCPUs waits for the I/O of the devices that it emulates before it does anything else (QEMU:
+/// `do_vm_stop()`, softmmu/cpus.c).
+fn silence(structures: &Structures<'_>, requests: &[Request]) -> Result<Vec<Action>, String> {
+    let unknown = || "its hardware may still be using their memory".to_owned();
+    let devices: BTreeSet<GuestVirt> = requests.iter().map(|request| request.device).collect();
+    let mut calls = Vec::new();
+    for device in devices {
+        match bus_master::behind(structures, device).map_err(|reason| reason.to_string())? {
+            Hardware::None => {}
+            Hardware::Pci(function) => {
+                calls.push(bus_master::take_away(structures, function).ok_or_else(unknown)?);
+            }
+            Hardware::Unknown => return Err(unknown()),
+        }
     }
-    calls(&structures, &others)
+    Ok(calls)
 }
 
 /// `blk_mq_end_request()` may be called in any context, as drivers do from their interrupts; a queue is then run by a work
 /// item (`async`).
-fn calls(structures: &Structures<'_>, requests: &[Request]) -> Vec<Action> {
+fn endings(structures: &Structures<'_>, requests: &[Request]) -> Vec<Action> {
     let call = |function: &str, arguments: Vec<u64>, why: &str| {
         Some(Action::CallGuest {
             function: function.to_owned(),
@@ -77,9 +110,7 @@ fn calls(structures: &Structures<'_>, requests: &[Request]) -> Vec<Action> {
             why: why.to_owned(),
         })
     };
-    let mut queues: Vec<GuestVirt> = requests.iter().map(|request| request.queue).collect();
-    queues.sort_unstable();
-    queues.dedup();
+    let queues: BTreeSet<GuestVirt> = requests.iter().map(|request| request.queue).collect();
     let ended = requests.iter().filter_map(|request| {
         let why = "a request that the driver has taken and would never end";
         call("blk_mq_end_request", vec![request.at.0, BLK_STS_IOERR], why)
@@ -96,6 +127,15 @@ fn calls(structures: &Structures<'_>, requests: &[Request]) -> Vec<Action> {
 struct Request {
     at: GuestVirt,
     queue: GuestVirt,
+    /// The disk's `struct device`.
+    device: GuestVirt,
+}
+
+/// A disk of the driver's, guest-virtual.
+#[derive(Clone, Copy)]
+struct Disk {
+    queue: GuestVirt,
+    device: GuestVirt,
 }
 
 /// All requests that the driver has taken, of all its disks.
@@ -104,42 +144,41 @@ fn taken(structures: &Structures<'_>, module: &Module) -> Result<Vec<Request>, R
     // Every disk has an entry there (mm/backing-dev.c).
     let Some(all) = structures.image.address_of("bdi_list") else { return Ok(found) };
     for entry in structures.list(all, ("backing_dev_info", "bdi_list"), DISKS_MAX)? {
-        if let Some(queue) = queue_of(structures, module, entry)? {
-            started(structures, queue, &mut found)?;
+        if let Some(disk) = disk_of(structures, module, entry)? {
+            started(structures, disk, &mut found)?;
         }
     }
     Ok(found)
 }
 
-/// The queue of the disk of that entry, if it is the driver's and takes requests.
-fn queue_of(
+/// The disk of that entry, if the driver takes its requests. One whose requests another driver hands on (a SCSI disk's)
+/// is not looked at: that one may yet end them.
+fn disk_of(
     structures: &Structures<'_>,
     module: &Module,
     entry: GuestVirt,
-) -> Result<Option<GuestVirt>, Reason> {
+) -> Result<Option<Disk>, Reason> {
     // Network file systems have an entry, too, and no device.
-    let owner = structures.need(entry, "backing_dev_info", "owner")?;
-    if !GuestVirt(owner).is_kernel_half() {
+    let device = GuestVirt(structures.need(entry, "backing_dev_info", "owner")?);
+    if !device.is_kernel_half() {
         return Ok(None);
     }
-    let device = structures.need_at(GuestVirt(0), "block_device", "bd_device")?;
-    let device = GuestVirt(owner.wrapping_sub(device.0));
-    let disk = GuestVirt(structures.need(device, "block_device", "bd_disk")?);
-    if structures.need(disk, "gendisk", "part0")? != device.0 {
-        return Err(Reason::Inconsistent {
-            what: format!("no disk has the device at {device:#x}"),
-        });
+    let inside = structures.need_at(GuestVirt(0), "block_device", "bd_device")?;
+    let block = GuestVirt(device.0.wrapping_sub(inside.0));
+    let disk = GuestVirt(structures.need(block, "block_device", "bd_disk")?);
+    if structures.need(disk, "gendisk", "part0")? != block.0 {
+        return Err(Reason::Inconsistent { what: format!("no disk has the device at {block:#x}") });
     }
-    let operations = GuestVirt(structures.need(disk, "gendisk", "fops")?);
-    let queue = GuestVirt(structures.need(device, "block_device", "bd_queue")?);
+    let queue = GuestVirt(structures.need(block, "block_device", "bd_queue")?);
+    let operations = GuestVirt(structures.need(queue, "request_queue", "mq_ops")?);
     let has_requests = structures.need(queue, "request_queue", "tag_set")? != 0;
-    Ok((module.contains(operations) && has_requests).then_some(queue))
+    Ok((module.contains(operations) && has_requests).then_some(Disk { queue, device }))
 }
 
 /// Requests of a queue that its driver has started and not completed.
 fn started(
     structures: &Structures<'_>,
-    queue: GuestVirt,
+    disk: Disk,
     found: &mut Vec<Request>,
 ) -> Result<(), Reason> {
     let in_flight = structures.image.types.enumerator("MQ_RQ_IN_FLIGHT");
@@ -147,6 +186,7 @@ fn started(
         structure: "mq_rq_state".to_owned(),
         path: "MQ_RQ_IN_FLIGHT".to_owned(),
     })?;
+    let Disk { queue, device } = disk;
     let set = GuestVirt(structures.need(queue, "request_queue", "tag_set")?);
     let queues = structures.need(set, "blk_mq_tag_set", "nr_hw_queues")?.min(HARDWARE_QUEUES_MAX);
     let first = GuestVirt(structures.need(set, "blk_mq_tag_set", "tags")?);
@@ -166,7 +206,7 @@ fn started(
             }
             let state = structures.need(at, "request", "state")?;
             if state == in_flight.cast_unsigned() && met.insert(at) {
-                found.push(Request { at, queue });
+                found.push(Request { at, queue, device });
             }
         }
     }
@@ -235,7 +275,9 @@ mod tests {
         let (scene, _) = disk(MODULE_DATA + 0x40);
         let calls = look(&scene, |situation, module| {
             let structures = Structures { image: situation.image, memory: situation.memory };
-            calls(&structures, &taken(&structures, module).unwrap())
+            let taken = taken(&structures, module).unwrap();
+            assert!(silence(&structures, &taken).unwrap().is_empty(), "no hardware");
+            endings(&structures, &taken)
         });
         let names: Vec<_> = calls
             .iter()
@@ -246,6 +288,23 @@ mod tests {
             .collect();
         let ended = ("blk_mq_end_request", BLK_STS_IOERR);
         assert_eq!(names, [ended, ended, ("blk_mq_start_stopped_hw_queues", 1)]);
+    }
+
+    #[test]
+    fn hardware_is_silenced_first_or_nothing_is_ended() {
+        let (mut scene, _) = disk(MODULE_DATA + 0x40);
+        let silenced = |scene: &Scene| {
+            look(scene, |situation, module| {
+                let structures = Structures { image: situation.image, memory: situation.memory };
+                silence(&structures, &taken(&structures, module).unwrap())
+            })
+        };
+        for (bus, expected) in [("pci", true), ("usb", false)] {
+            let hardware = scene.add_devices(&[Some(bus)])[0];
+            scene.set_member("device", "parent", scene.disk_device(), hardware.0);
+            let silenced = silenced(&scene).map(|calls| calls.len());
+            assert_eq!(silenced.ok(), expected.then_some(1), "{bus}");
+        }
     }
 
     #[test]

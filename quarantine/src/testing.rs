@@ -27,15 +27,19 @@ pub(crate) struct FakeTypes {
 }
 
 /// Members of structures: where, and how many bytes.
-const MEMBERS: [(&str, &str, u64, u64); 62] = [
+const MEMBERS: [(&str, &str, u64, u64); 66] = [
     ("backing_dev_info", "bdi_list", 8, 16),
     ("backing_dev_info", "owner", 0x18, 8),
     ("block_device", "bd_device", 0x10, 0x40),
     ("block_device", "bd_disk", 0, 8),
     ("block_device", "bd_queue", 8, 8),
     ("gendisk", "part0", 0, 8),
-    ("gendisk", "fops", 8, 8),
     ("request_queue", "tag_set", 0x10, 8),
+    ("request_queue", "mq_ops", 0x18, 8),
+    ("device", "parent", 0, 8),
+    ("device", "bus", 8, 8),
+    ("bus_type", "name", 0, 8),
+    ("pci_dev", "dev", 0x20, 0x40),
     ("blk_mq_tag_set", "nr_hw_queues", 0, 4),
     ("blk_mq_tag_set", "tags", 8, 8),
     ("blk_mq_tags", "nr_tags", 0, 4),
@@ -289,7 +293,7 @@ pub(crate) const PREEMPT_COUNT: GuestVirt = GuestVirt(PER_CPU.0 + 0x20);
 pub(crate) const RAM: u64 = 8 << 20;
 
 /// Kernel functions of the fake kernel, 0x40 bytes each.
-const FUNCTIONS: [&str; 23] = [
+const FUNCTIONS: [&str; 24] = [
     "vfs_write",
     "mutex_unlock",
     "up_write",
@@ -313,6 +317,7 @@ const FUNCTIONS: [&str; 23] = [
     "netif_carrier_off",
     "blk_mq_end_request",
     "blk_mq_start_stopped_hw_queues",
+    "pci_clear_master",
 ];
 /// Driver functions: name, and what they return (`None` = not known).
 const DRIVER: [(&str, Option<&str>); 6] = [
@@ -553,7 +558,7 @@ impl Scene {
             ("block_device", "bd_disk", device, disk.0),
             ("block_device", "bd_queue", device, queue.0),
             ("gendisk", "part0", disk, device.0),
-            ("gendisk", "fops", disk, operations.0),
+            ("request_queue", "mq_ops", queue, operations.0),
             ("request_queue", "tag_set", queue, set.0),
             ("blk_mq_tag_set", "nr_hw_queues", set, 1),
             ("blk_mq_tag_set", "tags", set, array.0),
@@ -569,6 +574,28 @@ impl Scene {
             self.set_member("request", "state", request, u64::from(index < 2));
         }
         all
+    }
+
+    /// The `struct device` of that disk.
+    pub(crate) fn disk_device(&self) -> GuestVirt {
+        DATA + 0x3d30
+    }
+
+    /// Devices, each the child of the next one, on buses of these names; gives their `struct device`s.
+    pub(crate) fn add_devices(&mut self, buses: &[Option<&str>]) -> Vec<GuestVirt> {
+        let base = DATA + 0x3f00;
+        let devices: Vec<GuestVirt> =
+            (0..).zip(buses).map(|(index, _)| base + index * 0x30).collect();
+        for (index, (&at, bus)) in devices.iter().zip(buses).enumerate() {
+            let (structure, name) = (at + 0x10, at + 0x18);
+            let parent = devices.get(index + 1).map_or(0, |parent| parent.0);
+            self.set_member("device", "parent", at, parent);
+            self.set_member("device", "bus", at, bus.map_or(0, |_| structure.0));
+            self.set_member("bus_type", "name", structure, name.0);
+            let name_of = bus.unwrap_or_default();
+            self.machine.poke_virt(name, &[name_of.as_bytes(), &[0]].concat());
+        }
+        devices
     }
 
     /// A device whose packets the driver's entry sends, in a register of the caller; gives its address.
