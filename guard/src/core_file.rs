@@ -89,6 +89,8 @@ impl Drop for CoreFiles {
 
 /// The thread's work. A core that can't be made leaves its reason in a file, as nobody waits for an answer.
 fn work(jobs: &Receiver<Job>) {
+    // Whatever haste the guard itself is in: nobody waits for this.
+    let _ = rustix::process::setpriority_process(None, 0);
     for job in jobs {
         let folder = job.folder.clone();
         if let Err(reason) = make(job) {
