@@ -29,6 +29,7 @@
 #include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/xattr.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -342,6 +343,24 @@ static long path_statfs(struct run *r, int fd)
 	return arm(r) ? -1 : fstatfs(fd, &s);
 }
 
+static long path_fallocate(struct run *r, int fd)
+{
+	return arm(r) ? -1 : fallocate(fd, 0, 0, 4096);
+}
+
+/* Into the same file, further on. */
+static long path_copy(struct run *r, int fd)
+{
+	off_t from = 0, to = 1 << 20;
+
+	return arm(r) ? -1 : copy_file_range(fd, &from, fd, &to, 4096, 0);
+}
+
+static long path_syncfs(struct run *r, int fd)
+{
+	return arm(r) ? -1 : syncfs(fd);
+}
+
 /* What names the place without having it open. */
 static long name_open(struct run *r)
 {
@@ -381,6 +400,82 @@ static long name_unlink(struct run *r)
 static long name_mkdir(struct run *r)
 {
 	return arm(r) ? -1 : mkdir(r->place, 0755);
+}
+
+static long name_rmdir(struct run *r)
+{
+	return arm(r) ? -1 : rmdir(r->place);
+}
+
+static long name_symlink(struct run *r)
+{
+	return arm(r) ? -1 : symlink("note", r->place);
+}
+
+static long name_readlink(struct run *r)
+{
+	char to[64];
+
+	return arm(r) ? -1 : readlink(r->place, to, sizeof(to));
+}
+
+static long name_listxattr(struct run *r)
+{
+	char names[256];
+
+	return arm(r) ? -1 : listxattr(r->place, names, sizeof(names));
+}
+
+static long name_tmpfile(struct run *r)
+{
+	int fd = arm(r) ? -1 : open(r->place, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+
+	if (fd >= 0)
+		close(fd);
+	return fd < 0 ? -1 : 0;
+}
+
+/* Another name beside the place, which nothing has yet. */
+static long name_beside(struct run *r, int (*make)(const char *, const char *))
+{
+	char other[128];
+
+	snprintf(other, sizeof(other), "%s-none", r->place);
+	return arm(r) ? -1 : make(r->place, other);
+}
+
+static long name_link(struct run *r)
+{
+	return name_beside(r, link);
+}
+
+static long name_move(struct run *r)
+{
+	return name_beside(r, rename);
+}
+
+/* A place that the kernel remembers. */
+static long name_stat_again(struct run *r)
+{
+	struct stat s;
+
+	return stat(r->place, &s) < 0 ? -1 : name_stat(r);
+}
+
+static long name_remount(struct run *r)
+{
+	return arm(r) ? -1 : mount(NULL, r->place, NULL, MS_REMOUNT, NULL);
+}
+
+static long name_mounts(struct run *r)
+{
+	char text[4096];
+	int fd = open("/proc/self/mounts", O_RDONLY | O_CLOEXEC);
+	long n = fd < 0 || arm(r) ? -1 : read(fd, text, sizeof(text));
+
+	if (fd >= 0)
+		close(fd);
+	return n;
 }
 
 /* Mounts or unmounts the driver's file system, which has the driver's name. */
@@ -513,6 +608,13 @@ static const struct {
 	{ "unplugged", NULL, name_unplugged },
 	{ "datagram", NULL, name_datagram },   { "sh", NULL, name_shell },
 	{ "rename", NULL, name_rename },
+	{ "fallocate", path_fallocate, NULL }, { "copy", path_copy, NULL },
+	{ "syncfs", path_syncfs, NULL },       { "rmdir", NULL, name_rmdir },
+	{ "symlink", NULL, name_symlink },     { "readlink", NULL, name_readlink },
+	{ "listxattr", NULL, name_listxattr }, { "tmpfile", NULL, name_tmpfile },
+	{ "link", NULL, name_link },           { "move", NULL, name_move },
+	{ "stat-again", NULL, name_stat_again }, { "remount", NULL, name_remount },
+	{ "mounts", NULL, name_mounts },
 };
 
 long run_verb(struct run *r)

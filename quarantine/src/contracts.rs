@@ -9,6 +9,8 @@ use crate::boundaries::Fixed;
 const NONE: Fixed = Fixed::Number(0, "0", "there is none");
 const NO_POINTER: Fixed = Fixed::Number(0, "NULL", "there is none");
 
+const LOCKED: Fixed = Fixed::Never("the page stays locked, and who wants it waits without end");
+
 /// Structure, function pointer in it, and what its callers take for "failed" or "nothing there".
 type Contract = (&'static str, &'static str, Fixed);
 
@@ -30,6 +32,11 @@ const CONTRACTS: &[Contract] = &[
     ("super_operations", "alloc_inode", NO_POINTER),
     // fs/inode.c: bmap(): a hole.
     ("address_space_operations", "bmap", NONE),
+    // mm/filemap.c: filemap_read_folio(), generic_perform_write(); mm/page-writeback.c: write_cache_pages(). They hand over a
+    // page that is locked, which the file system unlocks, failed or not (Documentation/filesystems/locking.rst).
+    ("address_space_operations", "read_folio", LOCKED),
+    ("address_space_operations", "writepage", LOCKED),
+    ("address_space_operations", "write_end", LOCKED),
     // fs/sysfs/group.c: create_files(): the attribute is not shown.
     ("attribute_group", "is_visible", NONE),
     ("attribute_group", "is_bin_visible", NONE),

@@ -10,8 +10,9 @@ use repair_image::{RepairImage, base_name};
 use crate::action::{Action, SavedWord, saved_name};
 use crate::boundaries::{HOPELESS, Rule, rule};
 use crate::counts::{self, COUNT_BITS, on_off};
+use crate::guest_struct::Structures;
 use crate::plan::{Situation, Steps};
-use crate::{Policy, Reason, callbacks, locks, transmit, values};
+use crate::{Policy, Reason, callbacks, locks, path_walk, transmit, values};
 
 /// Nested-task flag (bit 14) and resume flag (bit 16) in rflags, Intel SDM 1 3.4.3: an `iret` must
 /// not find the first, and the second belongs to the faulting instruction.
@@ -84,6 +85,10 @@ fn outer_effects(situation: &Situation<'_>, boundary: &Boundary) -> FrameEffects
         && let Some(count) = transmit::preempt_count(situation, boundary)
     {
         outer.preempt_delta = count;
+    }
+    if let Some(task) = &situation.diagnosis.task {
+        let kernel = Structures { image: situation.image, memory: situation.memory };
+        outer.rcu_delta = outer.rcu_delta.saturating_add(path_walk::sections(&kernel, task.at));
     }
     outer
 }

@@ -26,6 +26,7 @@ mod network;
 mod nudge;
 mod occupants;
 mod page_tables;
+mod path_walk;
 mod plan;
 mod policy;
 mod probation;

@@ -27,7 +27,7 @@ pub(crate) struct FakeTypes {
 }
 
 /// Members of structures: where, and how many bytes.
-const MEMBERS: [(&str, &str, u64, u64); 66] = [
+const MEMBERS: [(&str, &str, u64, u64); 68] = [
     ("backing_dev_info", "bdi_list", 8, 16),
     ("backing_dev_info", "owner", 0x18, 8),
     ("block_device", "bd_device", 0x10, 0x40),
@@ -86,6 +86,8 @@ const MEMBERS: [(&str, &str, u64, u64); 66] = [
     ("rb_node", "rb_right", 8, 8),
     ("tlb_state", "loaded_mm", 0, 8),
     ("task_struct", "files", 0x98, 8),
+    ("task_struct", "nameidata", 0xa0, 8),
+    ("nameidata", "flags", 0, 4),
     ("files_struct", "fdt", 0, 8),
     ("fdtable", "max_fds", 8, 4),
     ("fdtable", "fd", 16, 8),
