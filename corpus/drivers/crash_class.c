@@ -10,6 +10,7 @@
 #include <linux/module.h>
 #include <linux/pgtable.h>
 #include <linux/refcount.h>
+#include <linux/slab.h>
 #include <linux/smp.h>
 
 #include "crash.h"
@@ -67,6 +68,62 @@ static int fault_use_after_free(struct recorder *r)
 	value = READ_ONCE(used->calibration->value); /* CRASH: use-after-free */
 	kfree(other);
 	return value;
+}
+
+#define SAMPLES 512
+
+/* A cache's objects are merged with others' of the same size, unless it has a constructor. */
+static void make_sample(void *sample)
+{
+	memset(sample, 0, sizeof(struct reading));
+}
+
+/*
+ * Samples of a cache of their own; one that directly follows another is given back, and overrun by its
+ * neighbour: nothing but this cache is broken. Gives the neighbour.
+ */
+static struct reading *overrun(struct kmem_cache *cache)
+{
+	static struct reading *samples[SAMPLES];
+	unsigned long step = kmem_cache_size(cache), distance = 0;
+	int n, m;
+
+	for (n = 0; n < SAMPLES; n++) {
+		samples[n] = kmem_cache_alloc(cache, GFP_KERNEL);
+		if (!samples[n])
+			return NULL;
+	}
+	for (n = 0; n < SAMPLES; n++) {
+		for (m = 0; m < SAMPLES; m++) {
+			distance = (unsigned long)samples[m] - (unsigned long)samples[n];
+			if (distance >= step && distance < 2 * step)
+				break;
+		}
+		if (m < SAMPLES)
+			break;
+	}
+	if (n == SAMPLES)
+		return NULL;
+	kmem_cache_free(cache, samples[m]);
+	OPTIMIZER_HIDE_VAR(distance);
+	memset(samples[n], 0x5a, 2 * distance);
+	return samples[n];
+}
+
+/* What an overrun has left of a free object is not the address of the next one any more. */
+static int fault_free_list(struct recorder *r)
+{
+	struct kmem_cache *cache;
+	struct reading *sample;
+
+	cache = kmem_cache_create("crash_samples", sizeof(*sample), 0, 0, make_sample);
+	if (!cache)
+		return -ENOMEM;
+	sample = overrun(cache);
+	if (!sample)
+		return -ENOMEM;
+	BUG_ON(READ_ONCE(sample->value)); /* CRASH: free-list */
+	return 0;
 }
 
 static int fault_list_add(struct recorder *r)
@@ -318,6 +375,7 @@ static const struct {
 	{ "run-queue", fault_run_queue },
 	{ "page-table", fault_page_table },
 	{ "use-after-free", fault_use_after_free },
+	{ "free-list", fault_free_list },
 	{ "list-add", fault_list_add },
 	{ "list-del-twice", fault_list_del_twice },
 	{ "usercopy-write", fault_usercopy_write },
