@@ -36,6 +36,7 @@ const ON_6_12: &[&str] = &[
     "task-list",
     "run-queue",
     "page-table",
+    "core-list",
     "free-list",
     "asleep-ioctl",
     "asleep-poll",

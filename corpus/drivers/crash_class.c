@@ -12,6 +12,7 @@
 #include <linux/refcount.h>
 #include <linux/slab.h>
 #include <linux/smp.h>
+#include <net/net_namespace.h>
 
 #include "crash.h"
 
@@ -350,6 +351,18 @@ static int fault_page_table(struct recorder *r)
 	return 0;
 }
 
+/* A stray write to the list of all network devices: no more could be added, and none taken off. */
+static int fault_core_list(struct recorder *r)
+{
+	struct list_head *devices = &init_net.dev_base_head;
+	static struct list_head entry;
+
+	be_alone();
+	WRITE_ONCE(devices->next->prev, devices->next);
+	list_add(&entry, devices); /* CRASH: core-list */
+	return 0;
+}
+
 static int fault_refcount(struct recorder *r)
 {
 	refcount_set(&r->users, 0);
@@ -374,6 +387,7 @@ static const struct {
 	{ "task-list", fault_task_list },
 	{ "run-queue", fault_run_queue },
 	{ "page-table", fault_page_table },
+	{ "core-list", fault_core_list },
 	{ "use-after-free", fault_use_after_free },
 	{ "free-list", fault_free_list },
 	{ "list-add", fault_list_add },

@@ -21,6 +21,7 @@ mod guest_struct;
 mod in_hand;
 mod invariants;
 mod journal;
+mod lists;
 mod locks;
 mod memory_signs;
 mod network;

@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::invariants::{self, Current};
 use crate::{
     Action, Policy, Reason, Refusal, Standing, Strikes, core_return, driver, error_return, in_hand,
-    process, queue, stack_end, text, warning,
+    lists, process, queue, stack_end, text, warning,
 };
 
 /// A rung of the recovery ladder that repairs in place.
@@ -244,6 +244,7 @@ fn attempt(
     if let Some(current) = Current::of(situation.diagnosis) {
         invariants::before(situation.image, situation.memory, current, in_hand)?;
     }
+    lists::check(situation)?;
     let mark = stack_end::restore(situation)?;
     let out_of_queue = queue::leave(situation)?;
     let mut steps = rung_steps(situation, policy, standing, rung)?;

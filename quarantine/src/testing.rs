@@ -747,6 +747,8 @@ fn image(machine: &FakeMachine, types: FakeTypes) -> RepairImage {
         ("max_pfn", 0xcd0),
         ("kmem_cache", 0xcd8),
         ("slub_debug_enabled", 0xce0),
+        ("_sdata", 0x2800),
+        ("_end", 0x2810),
         ("e820_table", 0xc18),
         ("irq_desc_tree", 0xc40),
         ("jiffies_64", 0xc00),
