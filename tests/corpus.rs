@@ -68,6 +68,8 @@ const WITHOUT_FILES: &[&str] = &[
     "mutex-abba",
     "opcode",
     "idt-gate",
+    "free-list",
+    "core-list",
 ];
 
 /// A kind of guest and how it is guarded.

@@ -145,9 +145,11 @@ impl Walk<'_> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::testing::Scene;
     use crate::testing::slabs::{Heap, OBJECTS, SIZE};
+    use crate::testing::{DATA, Scene};
 
     fn check(scene: &Scene, in_hand: &[GuestVirt]) -> Result<(), Reason> {
         let memory = scene.machine.space();
@@ -237,5 +239,25 @@ mod tests {
         // Where it might be one it can't be told.
         heap.set_cache(&mut scene, heap.other_page());
         assert_eq!(check(&scene, &[heap.object(0)]), Ok(()));
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_heaps_never_panic(
+            words in proptest::collection::vec((any::<u16>(), any::<u64>(), 0_u8..3), 1..24),
+            variables in proptest::collection::vec((0_u64..5, any::<u64>()), 0..2),
+        ) {
+            let (mut scene, heap) = Heap::new();
+            let addresses = heap.addresses();
+            for (slot, value, kind) in words {
+                let near = addresses[value as usize % addresses.len()];
+                let value = [value, near.0, value & 0xffff][usize::from(kind)];
+                scene.poke_word(addresses[usize::from(slot) % addresses.len()], value);
+            }
+            for (index, value) in variables {
+                scene.poke_word(DATA + 0xcc0 + index * 8, value);
+            }
+            let _ = check(&scene, &addresses);
+        }
     }
 }
