@@ -36,6 +36,8 @@ const ON_6_12: &[&str] = &[
     "task-list",
     "run-queue",
     "page-table",
+    "core-list",
+    "free-list",
     "asleep-ioctl",
     "asleep-poll",
     "disk-dies",
@@ -67,6 +69,8 @@ const WITHOUT_FILES: &[&str] = &[
     "mutex-abba",
     "opcode",
     "idt-gate",
+    "free-list",
+    "core-list",
 ];
 
 /// A kind of guest and how it is guarded.

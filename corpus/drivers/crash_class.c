@@ -10,7 +10,9 @@
 #include <linux/module.h>
 #include <linux/pgtable.h>
 #include <linux/refcount.h>
+#include <linux/slab.h>
 #include <linux/smp.h>
+#include <net/net_namespace.h>
 
 #include "crash.h"
 
@@ -67,6 +69,62 @@ static int fault_use_after_free(struct recorder *r)
 	value = READ_ONCE(used->calibration->value); /* CRASH: use-after-free */
 	kfree(other);
 	return value;
+}
+
+#define SAMPLES 512
+
+/* A cache's objects are merged with others' of the same size, unless it has a constructor. */
+static void make_sample(void *sample)
+{
+	memset(sample, 0, sizeof(struct reading));
+}
+
+/*
+ * Samples of a cache of their own; one that directly follows another is given back, and overrun by its
+ * neighbour: nothing but this cache is broken. Gives the neighbour.
+ */
+static struct reading *overrun(struct kmem_cache *cache)
+{
+	static struct reading *samples[SAMPLES];
+	unsigned long step = kmem_cache_size(cache), distance = 0;
+	int n, m;
+
+	for (n = 0; n < SAMPLES; n++) {
+		samples[n] = kmem_cache_alloc(cache, GFP_KERNEL);
+		if (!samples[n])
+			return NULL;
+	}
+	for (n = 0; n < SAMPLES; n++) {
+		for (m = 0; m < SAMPLES; m++) {
+			distance = (unsigned long)samples[m] - (unsigned long)samples[n];
+			if (distance >= step && distance < 2 * step)
+				break;
+		}
+		if (m < SAMPLES)
+			break;
+	}
+	if (n == SAMPLES)
+		return NULL;
+	kmem_cache_free(cache, samples[m]);
+	OPTIMIZER_HIDE_VAR(distance);
+	memset(samples[n], 0x5a, 2 * distance);
+	return samples[n];
+}
+
+/* What an overrun has left of a free object is not the address of the next one any more. */
+static int fault_free_list(struct recorder *r)
+{
+	struct kmem_cache *cache;
+	struct reading *sample;
+
+	cache = kmem_cache_create("crash_samples", sizeof(*sample), 0, 0, make_sample);
+	if (!cache)
+		return -ENOMEM;
+	sample = overrun(cache);
+	if (!sample)
+		return -ENOMEM;
+	BUG_ON(READ_ONCE(sample->value)); /* CRASH: free-list */
+	return 0;
 }
 
 static int fault_list_add(struct recorder *r)
@@ -293,6 +351,18 @@ static int fault_page_table(struct recorder *r)
 	return 0;
 }
 
+/* A stray write to the list of all network devices: no more could be added, and none taken off. */
+static int fault_core_list(struct recorder *r)
+{
+	struct list_head *devices = &init_net.dev_base_head;
+	static struct list_head entry;
+
+	be_alone();
+	WRITE_ONCE(devices->next->prev, devices->next);
+	list_add(&entry, devices); /* CRASH: core-list */
+	return 0;
+}
+
 static int fault_refcount(struct recorder *r)
 {
 	refcount_set(&r->users, 0);
@@ -317,7 +387,9 @@ static const struct {
 	{ "task-list", fault_task_list },
 	{ "run-queue", fault_run_queue },
 	{ "page-table", fault_page_table },
+	{ "core-list", fault_core_list },
 	{ "use-after-free", fault_use_after_free },
+	{ "free-list", fault_free_list },
 	{ "list-add", fault_list_add },
 	{ "list-del-twice", fault_list_del_twice },
 	{ "usercopy-write", fault_usercopy_write },

@@ -62,7 +62,7 @@ fn check_soundness(plan: &Plan, hand: &mut Hand<'_>) -> Result<(), Error> {
     let memory = space(hand.machine, hand.image);
     let kernel = Structures { image: hand.image, memory: &memory };
     locks::given_back(&kernel, &plan.actions, current.task).map_err(Error::Unsound)?;
-    invariants::after(hand.image, &memory, current).map_err(Error::Unsound)
+    invariants::after(hand.image, &memory, current, &plan.in_hand).map_err(Error::Unsound)
 }
 
 fn check_abilities(plan: &Plan, machine: &mut dyn Machine) -> Result<(), Error> {

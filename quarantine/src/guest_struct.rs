@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 
 use guest::{GuestVirt, VirtMemory};
-use repair_image::RepairImage;
+use repair_image::{Member, RepairImage};
 
 use crate::Reason;
 
@@ -34,18 +34,24 @@ impl Structures<'_> {
         path: &str,
     ) -> Result<Option<u64>, Reason> {
         let Some(member) = self.image.types.member(structure, path) else { return Ok(None) };
-        let here = at + member.offset;
-        let unreadable = || Reason::Unreadable { what: format!("{structure}.{path}"), at: here };
+        self.value(at, &member).map(Some).ok_or_else(|| Reason::Unreadable {
+            what: format!("{structure}.{path}"),
+            at: at + member.offset,
+        })
+    }
+
+    /// The same of a member that was looked up before; `None` if it can't be read.
+    pub(crate) fn value(&self, at: GuestVirt, member: &Member) -> Option<u64> {
         if !matches!(member.size, 1 | 2 | 4 | 8) {
-            return Err(unreadable());
+            return None;
         }
-        let word = self.memory.read_uint(here, member.size).map_err(|_| unreadable())?;
-        Ok(Some(match member.bits {
+        let word = self.memory.read_uint(at + member.offset, member.size).ok()?;
+        Some(match member.bits {
             Some((first, count)) if first < 64 && count < 64 => {
                 word >> first & ((1_u64 << count) - 1)
             }
             _ => word,
-        }))
+        })
     }
 
     /// A number that must be there.

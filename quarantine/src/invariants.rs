@@ -1,13 +1,13 @@
 //! What a crash may have broken and the guest can't go on without: looked at when a plan is made, and again when it has
-//! been applied. Reads only. The run queue is `run_queue.rs`'s, the
-//! page tables are `page_tables.rs`'s, what frames hold is `locks.rs`'s, whether a task may end is `process.rs`'s.
+//! been applied. Reads only. The run queue is `run_queue.rs`'s, the page tables are `page_tables.rs`'s, free memory is
+//! `free_lists.rs`'s, what frames hold is `locks.rs`'s, whether a task may end is `process.rs`'s.
 
 use diagnose::Diagnosis;
 use guest::{GuestVirt, VirtMemory};
 use repair_image::RepairImage;
 
 use crate::guest_struct::Structures;
-use crate::{Reason, page_tables, run_queue, stack_end};
+use crate::{Reason, free_lists, page_tables, run_queue, stack_end};
 
 /// Tasks of the task list that are looked at each way. A broken link of a far task costs that task; near the
 /// current one it is the crash's. Keeps the look at some microseconds however many tasks there are.
@@ -35,16 +35,18 @@ impl Current {
 }
 
 /// Refuses when one of them does not hold before a plan is made. The end of the task's stack may be overwritten yet:
-/// the plan puts it back.
+/// the plan puts it back. The crashed call had these words in hand.
 pub(crate) fn before(
     image: &RepairImage,
     memory: &dyn VirtMemory,
     current: Current,
+    in_hand: &[GuestVirt],
 ) -> Result<(), Reason> {
     let kernel = Structures { image, memory };
     task_list(&kernel, current.task)?;
     run_queue::check(&kernel, current)?;
-    page_tables::check(&kernel, current)
+    page_tables::check(&kernel, current)?;
+    free_lists::check(&kernel, current, in_hand)
 }
 
 /// The same when a plan has been applied.
@@ -52,12 +54,13 @@ pub(crate) fn after(
     image: &RepairImage,
     memory: &dyn VirtMemory,
     current: Current,
+    in_hand: &[GuestVirt],
 ) -> Result<(), Reason> {
     let kernel = Structures { image, memory };
     if let Some(mark) = stack_end::mark(&kernel, current.task)? {
         same("the mark at the stack's end", mark.at, mark.found, mark.expected)?;
     }
-    before(image, memory, current)
+    before(image, memory, current, in_hand)
 }
 
 /// The links of the process's neighbours in the list of all processes. Only leaders of thread groups are in
@@ -129,9 +132,9 @@ mod tests {
     fn an_applied_plan_leaves_the_mark_whole() {
         let mut scene = Scene::new();
         let current = Current { task: scene.task, cpu: Some(0) };
-        assert_eq!(after(&scene.image, &scene.machine.space(), current), Ok(()));
+        assert_eq!(after(&scene.image, &scene.machine.space(), current, &[]), Ok(()));
         scene.poke_word(STACK, 0x4141);
-        let broken = after(&scene.image, &scene.machine.space(), current);
+        let broken = after(&scene.image, &scene.machine.space(), current, &[]);
         assert!(matches!(broken, Err(Reason::Broken { found: 0x4141, .. })), "{broken:?}");
     }
 

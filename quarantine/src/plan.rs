@@ -12,8 +12,8 @@ use serde::Serialize;
 
 use crate::invariants::{self, Current};
 use crate::{
-    Action, Policy, Reason, Refusal, Standing, Strikes, core_return, driver, error_return, process,
-    queue, stack_end, text, warning,
+    Action, Policy, Reason, Refusal, Standing, Strikes, core_return, driver, error_return, in_hand,
+    lists, process, queue, stack_end, text, warning,
 };
 
 /// A rung of the recovery ladder that repairs in place.
@@ -109,6 +109,9 @@ pub struct Plan {
     /// The task and CPU that crashed: the guest must be sound around them once all is done.
     #[serde(skip)]
     pub(crate) current: Option<Current>,
+    /// Kernel addresses that the crashed call had in hand: what they point into must be sound too.
+    #[serde(skip)]
+    pub(crate) in_hand: Vec<GuestVirt>,
     /// Longest time that calls into the guest may take, milliseconds.
     pub limit_ms: u64,
 }
@@ -152,10 +155,14 @@ impl fmt::Display for Plan {
 pub fn plan(situation: &Situation<'_>, policy: &Policy, strikes: &Strikes) -> Plan {
     let standing = strikes.standing(situation.diagnosis, policy);
     let mut refused = Vec::new();
+    let in_hand = in_hand::addresses(situation);
     let repair = is_damaged(situation.diagnosis).then_some(Rung::RepairKernel);
     for rung in repair.into_iter().chain(order(situation.diagnosis, &standing)) {
-        match attempt(situation, policy, &standing, rung) {
-            Ok(steps) => return taken(situation, rung, steps, refused, &standing, policy),
+        match attempt(situation, policy, &standing, rung, &in_hand) {
+            Ok(steps) => {
+                let plan = taken(situation, rung, steps, refused, &standing, policy);
+                return Plan { in_hand, ..plan };
+            }
             Err(reason) => refused.push(Refusal::new(rung, reason)),
         }
     }
@@ -181,6 +188,7 @@ fn finish(
         vcpu: situation.diagnosis.vcpu,
         preempt_count_at: situation.diagnosis.context.preempt_count_at,
         current: Current::of(situation.diagnosis),
+        in_hand: Vec::new(),
         limit_ms: policy.max_downtime_ms,
     }
 }
@@ -221,6 +229,7 @@ fn attempt(
     policy: &Policy,
     standing: &Standing,
     rung: Rung,
+    in_hand: &[GuestVirt],
 ) -> Result<Steps, Reason> {
     if !policy.rungs.contains(&rung) {
         return Err(Reason::NotAllowed);
@@ -233,8 +242,9 @@ fn attempt(
     }
     // The task runs on whatever rung is taken, if only to its end.
     if let Some(current) = Current::of(situation.diagnosis) {
-        invariants::before(situation.image, situation.memory, current)?;
+        invariants::before(situation.image, situation.memory, current, in_hand)?;
     }
+    lists::check(situation)?;
     let mark = stack_end::restore(situation)?;
     let out_of_queue = queue::leave(situation)?;
     let mut steps = rung_steps(situation, policy, standing, rung)?;

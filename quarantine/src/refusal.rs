@@ -294,6 +294,24 @@ pub enum Reason {
         /// What should be there.
         expected: u64,
     },
+    /// The crash has broken a list of free memory.
+    #[error("a list of free {cache} objects is broken: at {at:#x} it leads to {found:#x}")]
+    BrokenFreeList {
+        /// The slab cache.
+        cache: String,
+        /// Where, guest-virtual.
+        at: GuestVirt,
+        /// Where it leads.
+        found: u64,
+    },
+    /// The crash has broken what is known of a piece of memory.
+    #[error("the slab at {at:#x} is broken: {cache:#x} is no slab cache")]
+    BrokenSlab {
+        /// Its `struct slab`, guest-virtual.
+        at: GuestVirt,
+        /// What it names as its cache.
+        cache: GuestVirt,
+    },
     /// There is no task that can be ended.
     #[error("there is no user process that could be ended")]
     NoProcess,

@@ -3,15 +3,15 @@
 
 use std::collections::{BTreeSet, HashSet};
 
-use guest::{GuestVirt, Reg};
+use guest::GuestVirt;
 use repair_image::Module;
 
 use crate::Reason;
 use crate::action::Action;
 use crate::bus_master::{self, Hardware};
 use crate::guest_struct::Structures;
-use crate::occupants;
 use crate::plan::Situation;
+use crate::{in_hand, occupants};
 
 /// `BLK_STS_IOERR`, include/linux/blk_types.h (a macro).
 const BLK_STS_IOERR: u64 = 10;
@@ -23,8 +23,6 @@ const HARDWARE_QUEUES_MAX: u64 = 1024;
 const REQUESTS_MAX: u64 = 10240;
 /// Requests that are ended at most.
 const ENDED_MAX: usize = 24;
-/// Words of the crashed call's stack that are looked at at most: a whole stack has 2048.
-const WORDS_MAX: u64 = 4096;
 
 /// The calls that end the driver's requests with an I/O error, and let queues go on that it had stopped. None of them while
 /// somebody else is inside the driver, who may be about to end a request himself; nor for a request that the crashed
@@ -43,7 +41,7 @@ pub(crate) fn end(
             return Vec::new();
         }
     };
-    let in_hand = words_in_hand(situation);
+    let in_hand = in_hand::words(situation);
     let (own, others): (Vec<Request>, _) =
         taken.into_iter().partition(|request| in_hand.contains(&request.at.0));
     if !own.is_empty() {
@@ -216,22 +214,6 @@ fn started(
 fn word(structures: &Structures<'_>, at: GuestVirt) -> Result<GuestVirt, Reason> {
     let unreadable = |_| Reason::Unreadable { what: "tags of requests".to_owned(), at };
     structures.memory.read_u64(at).map(GuestVirt).map_err(unreadable)
-}
-
-/// All words in registers and on the stack of the crashed call, up to the core kernel's function that is gone on in.
-fn words_in_hand(situation: &Situation<'_>) -> HashSet<u64> {
-    let diagnosis = situation.diagnosis;
-    let last = diagnosis.boundary.as_ref().map_or(diagnosis.frames.len(), |it| it.frame + 1);
-    let frames = diagnosis.frames.get(diagnosis.fault_frame..last).unwrap_or_default();
-    let registers = frames
-        .iter()
-        .flat_map(|frame| Reg::GENERAL.into_iter().filter_map(|reg| frame.registers.get(reg)));
-    let start = frames.first().and_then(|frame| frame.registers.rsp());
-    let end = frames.iter().rev().find_map(|frame| frame.cfa);
-    let words = start.zip(end).map_or(0, |(start, end)| end.0.saturating_sub(start.0) / 8);
-    let stack = (0..words.min(WORDS_MAX))
-        .filter_map(|index| situation.memory.read_u64(start?.checked_add(index * 8)?).ok());
-    registers.chain(stack).collect()
 }
 
 #[cfg(test)]

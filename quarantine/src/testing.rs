@@ -2,6 +2,7 @@
 //! Layouts are this file's own and unlike any real kernel's. No test itself.
 
 pub(crate) mod double;
+pub(crate) mod slabs;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ pub(crate) struct FakeTypes {
 }
 
 /// Members of structures: where, and how many bytes.
-const MEMBERS: [(&str, &str, u64, u64); 68] = [
+const MEMBERS: &[(&str, &str, u64, u64)] = &[
     ("backing_dev_info", "bdi_list", 8, 16),
     ("backing_dev_info", "owner", 0x18, 8),
     ("block_device", "bd_device", 0x10, 0x40),
@@ -96,6 +97,21 @@ const MEMBERS: [(&str, &str, u64, u64); 68] = [
     ("pglist_data", "nr_zones", 0, 4),
     ("pglist_data", "node_zones", 8, 0x40),
     ("mm_struct", "pgd", 8, 8),
+    ("page", "flags", 8, 8),
+    ("page", "compound_head", 0x10, 8),
+    ("page", "page_type", 0x18, 4),
+    ("slab", "slab_cache", 0x20, 8),
+    ("slab", "freelist", 0x28, 8),
+    ("slab", "inuse", 0x30, 2),
+    ("slab", "objects", 0x32, 2),
+    ("slab", "frozen", 0x34, 1),
+    ("kmem_cache", "cpu_slab", 0, 8),
+    ("kmem_cache", "size", 0x10, 4),
+    ("kmem_cache", "offset", 0x18, 4),
+    ("kmem_cache", "name", 0x20, 8),
+    ("kmem_cache", "random", 0x28, 8),
+    ("kmem_cache_cpu", "slab", 0, 8),
+    ("kmem_cache_cpu", "freelist", 8, 8),
 ];
 
 impl FakeTypes {
@@ -128,13 +144,14 @@ impl FakeTypes {
         types.members.insert(("module", "init"), (0x20, 8));
         types.members.insert(("module", "refcnt"), (0x30, 4));
         types.members.insert(("rq", "nr_switches"), (0x10, 8));
-        for (structure, path, offset, size) in MEMBERS {
+        for &(structure, path, offset, size) in MEMBERS {
             types.members.insert((structure, path), (offset, size));
         }
         types.sizes.insert("timer_base", 0x80);
         types.sizes.insert("e820_entry", 20);
         types.sizes.insert("zone", 0x20);
         types.sizes.insert("module", 0x80);
+        types.sizes.insert("page", 0x40);
         types.enumerators.extend([
             ("IRQ_NONE", 0),
             ("IRQ_HANDLED", 1),
@@ -146,6 +163,8 @@ impl FakeTypes {
             ("NR_WRITEBACK", 2),
             ("NR_WRITTEN", 3),
             ("MQ_RQ_IN_FLIGHT", 1),
+            ("PG_locked", 3),
+            ("PG_slab", 5),
         ]);
         let ssize = int("ssize_t", 8, true);
         let number = int("int", 4, true);
@@ -170,6 +189,12 @@ impl FakeTypes {
         prototype: Prototype,
     ) -> Self {
         self.prototypes.insert((structure, path), prototype);
+        self
+    }
+
+    /// The same with another enumerator.
+    pub(crate) fn with_enumerator(mut self, name: &'static str, value: i64) -> Self {
+        self.enumerators.insert(name, value);
         self
     }
 
@@ -295,7 +320,7 @@ pub(crate) const PREEMPT_COUNT: GuestVirt = GuestVirt(PER_CPU.0 + 0x20);
 pub(crate) const RAM: u64 = 8 << 20;
 
 /// Kernel functions of the fake kernel, 0x40 bytes each.
-const FUNCTIONS: [&str; 24] = [
+const FUNCTIONS: &[&str] = &[
     "vfs_write",
     "mutex_unlock",
     "up_write",
@@ -729,7 +754,7 @@ fn frame(function: &str, module: Option<&str>, pc: CodeAddress) -> Frame {
 fn image(machine: &FakeMachine, types: FakeTypes) -> RepairImage {
     let mut kernel = KnowledgeParts::default();
     let link = |at: GuestVirt| LinkAddr(at.0);
-    for (index, name) in FUNCTIONS.into_iter().enumerate() {
+    for (index, &name) in FUNCTIONS.iter().enumerate() {
         let at = link(TEXT + index as u64 * 0x40);
         kernel.symbols.push((name.to_owned(), at, 0x40, SymbolKind::Function));
     }
@@ -746,6 +771,13 @@ fn image(machine: &FakeMachine, types: FakeTypes) -> RepairImage {
         ("node_data", 0xc90),
         ("net_namespace_list", 0xca0),
         ("bdi_list", 0xcb0),
+        ("page_offset_base", 0xcc0),
+        ("vmemmap_base", 0xcc8),
+        ("max_pfn", 0xcd0),
+        ("kmem_cache", 0xcd8),
+        ("slub_debug_enabled", 0xce0),
+        ("_sdata", 0x2800),
+        ("_end", 0x2810),
         ("e820_table", 0xc18),
         ("irq_desc_tree", 0xc40),
         ("jiffies_64", 0xc00),

@@ -1,6 +1,7 @@
 //! The end of the kernel log, out of the kernel's own ring buffer. What the lines mean is the console reader's.
 
-use guest::GuestVirt;
+use guest::{GuestVirt, VirtMemory};
+use repair_image::RepairImage;
 use serde::Serialize;
 
 use crate::Error;
@@ -53,10 +54,22 @@ impl KernelLog {
 }
 
 pub(super) fn of(kernel: &Kernel<'_>) -> Result<KernelLog, Error> {
+    end(kernel, RECORDS_MAX)
+}
+
+/// The last records of a kernel's log, `most` at most.
+///
+/// # Errors
+/// When there is no log that could be read.
+pub fn newest(image: &RepairImage, memory: &dyn VirtMemory, most: u64) -> Result<KernelLog, Error> {
+    end(&Kernel::of_memory(image, memory), most.min(RECORDS_MAX))
+}
+
+fn end(kernel: &Kernel<'_>, most: u64) -> Result<KernelLog, Error> {
     let ring = Ring::open(kernel)?;
     let count = ring.head.wrapping_sub(ring.tail).wrapping_add(1) & ID;
     let count = count.min(ring.count);
-    let shown = count.min(RECORDS_MAX);
+    let shown = count.min(most);
     let mut log = KernelLog { records: Vec::new(), older: count - shown, unreadable: 0 };
     for back in (0..shown).rev() {
         match ring.record(kernel, ring.head.wrapping_sub(back) & ID) {

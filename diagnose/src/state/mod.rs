@@ -16,7 +16,7 @@ use repair_image::{LoadedModule, RepairImage};
 use serde::Serialize;
 
 pub use cpus::{Cpu, Doing};
-pub use kernel_log::{KernelLog, Record};
+pub use kernel_log::{KernelLog, Record, newest};
 pub use memory::Memory;
 pub use modules::ModuleInfo;
 pub use pending::{Pending, PendingKind};

@@ -26,6 +26,10 @@ pub(super) const CASES: &[Case] = &[
     Case::new("task-list", CLASS, Bug, ALONE).refused_for("a link of the task list is broken"),
     Case::new("run-queue", CLASS, Bug, ALONE).refused_for("a node of the run queue is broken"),
     Case::new("page-table", CLASS, Bug, ALONE).refused_for("an entry of the page tables is broken"),
+    Case::new("core-list", CLASS, ListCorruption, ALONE)
+        .refused_for("a list outside the driver is broken"),
+    Case::new("free-list", CLASS, Bug, &[])
+        .refused_for("a list of free crash_samples objects is broken"),
     // Jumps to what is no code.
     Case::new("call-data", CLASS, NullCall, &[]),
     Case::new("call-user", CLASS, UserAccess, &[]),
