@@ -11,7 +11,7 @@ use crate::dump::raw::{FIRST_SPLIT, RawLayout};
 use crate::dump::remark::{Remark, SplitBy};
 
 /// Offsets in CMOS of RAM from 16 MiB to 4 GiB (2 bytes) and above 4 GiB (3 bytes), in units of 64 KiB
-/// (`pc_cmos_init()` in hw/i386/pc.c; SeaBIOS reads the same, `qemu_preinit()` in src/fw/paravirt.c).
+/// (`pc_cmos_init()` in hw/i386/pc.c; SeaBIOS has the first from there, `qemu_preinit()` in its src/fw/paravirt.c).
 const BELOW: usize = 0x34;
 const ABOVE: usize = 0x5b;
 const UNIT: u64 = 64 << 10;
