@@ -11,8 +11,6 @@ use crate::dump::storage::Storage;
 
 /// `QEMU_VM_VMDESCRIPTION`
 const SECTION: u8 = 0x06;
-/// Its first member, right behind the opening brace.
-const FIRST: &[u8] = b"\"page_size\"";
 /// Longer than any: that of a lab guest has 106 KB. It is looked for at the file's end in pieces of these sizes.
 const TAILS: [u64; 4] = [256 << 10, 1 << 20, 4 << 20, 16 << 20];
 
@@ -68,19 +66,28 @@ impl<'a> Description<'a> {
     }
 }
 
-/// The JSON of a file, which is the last thing in it.
+/// The JSON of a file. It is the last thing in it, but for zeroes that fill a block, and the only text without control
+/// characters that long. What stands first in it depends on QEMU's version.
 pub(super) fn find<B: AsRef<[u8]>>(storage: &Storage<B>) -> Option<Cow<'_, [u8]>> {
     let end = storage.len();
     TAILS.iter().find_map(|&tail| {
         let from = end.saturating_sub(tail);
-        let bytes = storage.bytes(from, end - from)?;
-        let first = memchr::memmem::rfind(&bytes, FIRST)?;
-        // Older versions put a space between the two.
-        let brace = memchr::memrchr(b'{', bytes.get(..first)?).filter(|at| first - at <= 2)?;
-        let at = from + brace as u64;
-        let mut cursor = Cursor::new(storage, at.checked_sub(5)?);
-        let len = (cursor.u8() == Ok(SECTION)).then(|| cursor.u32())?.ok()?;
-        storage.bytes(at, len.into())
+        let (start, len) = last_text(&storage.bytes(from, end - from)?)?;
+        storage.bytes(from.checked_add(start)?, len)
+    })
+}
+
+/// Where the JSON starts that these bytes end with, and its length.
+fn last_text(bytes: &[u8]) -> Option<(u64, u64)> {
+    let end = bytes.iter().rposition(|byte| *byte != 0)? + 1;
+    // The first byte of its length is one, the others may be.
+    let control = bytes.get(..end)?.iter().rposition(|byte| *byte < b' ')?;
+    (control + 1..=control + 4).find_map(|start| {
+        let [section, len @ ..]: [u8; 5] =
+            bytes.get(start.checked_sub(5)?..start)?.try_into().ok()?;
+        let len = u64::from(u32::from_be_bytes(len));
+        (section == SECTION && len == (end.checked_sub(start)?) as u64)
+            .then_some((start as u64, len))
     })
 }
 
@@ -167,6 +174,31 @@ mod tests {
         assert_eq!(device.element("c", 1), span(2 + 36 + 5, 7));
         assert_eq!((device.element("b", 3), device.member("a", 0, "x")), (None, None));
         assert_eq!(device.size(), Some(2 + 36 + 12 + (2 + 6 + 4 + 1)));
+    }
+
+    #[test]
+    fn it_is_the_last_text_whatever_it_begins_with() {
+        for json in [
+            r#"{"page_size": 4096, "devices": []}"#,
+            r#"{ "page_size": 4096, "devices": [ ]}"#,
+            r#"{"configuration": {"fields": [{"name": "page_size", "size": 4}]}, "devices": []}"#,
+        ] {
+            for padding in [0, 1, 4096] {
+                let file = |len: usize| {
+                    let mut file = b"{\"page_size\"\0\x06".to_vec();
+                    file.extend((len as u32).to_be_bytes());
+                    file.extend(json.as_bytes());
+                    file.resize(file.len() + padding, 0);
+                    Storage::new(file).unwrap()
+                };
+                assert_eq!(find(&file(json.len())).as_deref(), Some(json.as_bytes()));
+                assert_eq!(find(&file(json.len() + 1)), None);
+                assert!(Description::parse(json.as_bytes()).is_some());
+            }
+        }
+        for nothing in [&b""[..], b"\0\0", b"{}", b"\x06\0\0\0\x02{"] {
+            assert_eq!(find(&Storage::new(nothing.to_vec()).unwrap()), None);
+        }
     }
 
     #[test]

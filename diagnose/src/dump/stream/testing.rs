@@ -154,8 +154,10 @@ impl StreamFile {
     pub(in crate::dump) fn finish(mut self, described: bool) -> Vec<u8> {
         self.bytes.push(0);
         if described {
-            let json =
-                format!(r#"{{"page_size": 4096, "devices": [{}]}}"#, self.described.join(", "));
+            let json = format!(
+                r#"{{"configuration": {{}}, "page_size": 4096, "devices": [{}]}}"#,
+                self.described.join(", ").replace('\n', "")
+            );
             self.bytes.push(6);
             self.bytes.extend((json.len() as u32).to_be_bytes());
             self.bytes.extend(json.as_bytes());

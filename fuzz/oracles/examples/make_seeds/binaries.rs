@@ -349,7 +349,8 @@ fn migration_stream() -> Vec<u8> {
         r#"{"name":"mc146818rtc","instance_id":0,"fields":[{"name":"cmos_data","size":128}]}"#
             .to_owned(),
     ];
-    let json = format!(r#"{{"page_size":4096,"devices":[{}]}}"#, devices.join(","));
+    let json =
+        format!(r#"{{"page_size":4096,"devices":[{}]}}"#, devices.join(",").replace('\n', ""));
     [
         b"QEVM\0\0\0\x03\x07\0\0\0\x0apc-q35-7.2".to_vec(),
         section(1, 2, &list.concat()),
