@@ -1,5 +1,6 @@
 //! `defib diagnose` as a user types it, on the real dump of a guest that crashed in a driver, with a lock held that
-//! somebody else waits for; on its console log; and on what is no dump at all.
+//! somebody else waits for; on a migration stream of the same moment; on its console log; and on what is no dump at
+//! all.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +8,7 @@ use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use corpus::lab::{Kernel, Snapshot, VmConfig, drivers};
+use corpus::lab::{Kernel, Snapshot, Vm, VmConfig, drivers};
 use serde_json::{Value, json};
 
 /// One of the pair reads from NULL with the mutex held, the other one waits for it.
@@ -19,6 +20,8 @@ const WAITER: &str = "wait_for_mutex";
 struct Made {
     folder: PathBuf,
     dump: String,
+    /// What `migrate` wrote of the same moment, and the same as libvirt saves it.
+    streams: [String; 2],
     log: String,
     /// `--vmlinux` and `--debug-dir`, with their values.
     knowledge: Vec<String>,
@@ -48,14 +51,22 @@ impl Made {
         assert!(vm.agent().command_within(CRASH, Duration::from_secs(3)).is_err(), "no crash");
         let (dump, log) = (name("vmcore"), name("console.log"));
         let arguments = json!({ "paging": false, "protocol": format!("file:{dump}") });
+        vm.control().command("stop", json!({})).unwrap();
         vm.control().command("dump-guest-memory", arguments).unwrap();
+        let streams = [name("stream"), name("saved")];
+        migrate(&mut vm, &streams[0]);
+        fs::write(&streams[1], saved_by_libvirt(&fs::read(&streams[0]).unwrap())).unwrap();
         fs::copy(vm.serial_log(), &log).unwrap();
-        Self { folder, dump, log, knowledge: knowledge.to_vec() }
+        Self { folder, dump, streams, log, knowledge: knowledge.to_vec() }
     }
 
     /// What is said of the dump in a format, with these arguments for knowledge.
     fn said(&self, format: &str, knowledge: &[String]) -> String {
-        let mut arguments = vec![self.dump.as_str(), "--format", format];
+        Self::said_of(&self.dump, format, knowledge)
+    }
+
+    fn said_of(file: &str, format: &str, knowledge: &[String]) -> String {
+        let mut arguments = vec![file, "--format", format];
         arguments.extend(knowledge.iter().map(String::as_str));
         let (code, stdout, stderr) = defib(&arguments);
         assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
@@ -67,10 +78,40 @@ impl Made {
     }
 }
 
+/// Writes RAM and all devices of a guest that stands, which does not go on.
+fn migrate(vm: &mut Vm, file: &str) {
+    let whole = json!([{ "capability": "x-ignore-shared", "state": false }]);
+    let control = vm.control();
+    control.command("migrate-set-capabilities", json!({ "capabilities": whole })).unwrap();
+    control.command("migrate", json!({ "uri": format!("exec:cat >'{file}'") })).unwrap();
+    for _ in 0..1200 {
+        let state = control.command("query-migrate", json!({})).unwrap();
+        match state["status"].as_str() {
+            Some("completed") => return,
+            Some("failed" | "cancelled") => panic!("{state}"),
+            _ => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+    panic!("the migration does not end");
+}
+
+/// A stream behind the header and the XML of `virsh save` (struct _virQEMUSaveHeader).
+fn saved_by_libvirt(stream: &[u8]) -> Vec<u8> {
+    let xml = b"<domain type='qemu'><name>guest</name></domain>\n\0";
+    let mut file = b"LibvirtQemudSave".to_vec();
+    // Version, length of the XML, whether it ran, format, offset of the cookie; 14 words that are not used.
+    file.extend([2, xml.len() as u32, 1, 0, 0].map(u32::to_le_bytes).concat());
+    file.extend([0; 14 * 4]);
+    [&file, &xml[..], stream].concat()
+}
+
 fn defib(arguments: &[&str]) -> (i32, String, String) {
+    command("diagnose", arguments)
+}
+
+fn command(name: &str, arguments: &[&str]) -> (i32, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_defib"));
-    let Output { status, stdout, stderr } =
-        command.arg("diagnose").args(arguments).output().unwrap();
+    let Output { status, stdout, stderr } = command.arg(name).args(arguments).output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     (status.code().unwrap_or(-1), text(stdout), text(stderr))
 }
@@ -160,6 +201,51 @@ fn a_newer_kernel_with_files_and_without() {
         assert_eq!(locks.iter().filter(waited_for).count(), 1, "{locks:?}");
         assert!(at("/state/tasks/known").as_array().unwrap().len() > 20);
     }
+}
+
+/// Where it comes from, and all else that is said, without the registers that QEMU's notes in an ELF dump do not have.
+fn facts(json: &str) -> (Value, Value) {
+    let mut answer: Value = serde_json::from_str(json).unwrap();
+    let input = answer.as_object_mut().unwrap().remove("input").unwrap();
+    let frames = answer.pointer_mut("/diagnosis/frames").and_then(Value::as_array_mut).unwrap();
+    for frame in frames {
+        let registers = frame["registers"].as_object_mut().unwrap();
+        registers.retain(|name, _| {
+            !["efer", "star", "lstar", "cstar", "fmask"].contains(&name.as_str())
+        });
+    }
+    (input, answer)
+}
+
+#[test]
+fn a_migration_stream_tells_what_the_dump_tells() {
+    let made = made();
+    for knowledge in [made.knowledge.as_slice(), &[]] {
+        let (_, expected) = facts(&made.said("json", knowledge));
+        for (file, format) in made.streams.iter().zip(["migration stream", "libvirt save file"]) {
+            let (input, answer) = facts(&Made::said_of(file, "json", knowledge));
+            assert_eq!(input["format"], format!("{format}, by QEMU"));
+            assert_eq!(input["ram_bytes"], 256 << 20, "{input}");
+            assert_eq!(input["captured_bytes"], input["ram_bytes"]);
+            assert_eq!(input["remarks"], json!(["no VMCOREINFO in its notes"]));
+            // Each is megabytes of text.
+            assert!(answer == expected, "{file} tells something else than {}", made.dump);
+        }
+    }
+    let knowledge: Vec<&str> = made.knowledge.iter().map(String::as_str).collect();
+    for file in &made.streams {
+        let plan = [&[file.as_str()], &knowledge[..]].concat();
+        let (code, said, error) = command("plan", &plan);
+        assert_eq!(code, 0, "{error}");
+        must_hold(&said, &[OFFENDER, "mutex_unlock", "remark: no VMCOREINFO"]);
+    }
+    let all = [&made.dump, &made.streams[0], &made.streams[1], &made.log].map(String::as_str);
+    let (code, said, error) =
+        command("triage", &[&all, &knowledge[..], &["--format", "json"]].concat());
+    assert_eq!(code, 0, "{error}");
+    let answer: Value = serde_json::from_str(&said).unwrap();
+    let buckets = answer["buckets"].as_array().unwrap();
+    assert_eq!((buckets.len(), &buckets[0]["count"]), (1, &json!(4)), "{said}");
 }
 
 #[test]

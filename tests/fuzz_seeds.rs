@@ -64,8 +64,8 @@ macro_rules! targets {
 }
 
 targets! {
-    btf console crash guest_layer hmp_text instructions kernel_layer kernel_memory module_object notes page_tables
-    payload_results policy qmp_line rsp_packets target_xml unwind_tables unwinding vmcore vmcoreinfo
+    btf console crash guest_layer hmp_text instructions kernel_layer kernel_memory migration_stream module_object notes
+    page_tables payload_results policy qmp_line rsp_packets target_xml unwind_tables unwinding vmcore vmcoreinfo
 }
 
 #[test]

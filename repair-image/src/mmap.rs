@@ -5,7 +5,7 @@ use std::fs::File;
 use std::ops::Deref;
 use std::path::Path;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
 use crate::Error;
 
@@ -27,6 +27,19 @@ impl MappedFile {
         // as with any mapped executable.
         let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(path, source))?;
         Ok(Self(map))
+    }
+
+    /// Gives back the memory that a range takes in this process, `len` bytes from `offset` on. Whoever reads there
+    /// again has it mapped again.
+    pub fn forget(&self, offset: usize, len: usize) {
+        if offset.checked_add(len).is_none_or(|end| end > self.0.len()) {
+            return;
+        }
+        // SAFETY: `DONTNEED` throws away what was written to private pages. Nothing is ever written to this read-only
+        // mapping, so that the pages come back from the file as they were.
+        let done = unsafe { self.0.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, len) };
+        // Without effect nothing is lost.
+        drop(done);
     }
 }
 

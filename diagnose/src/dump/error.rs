@@ -85,6 +85,11 @@ pub enum Error {
         /// What differs.
         why: &'static str,
     },
+    /// A migration stream without the machine's RAM.
+    #[error(
+        "the machine's RAM was left out of the stream (capability x-ignore-shared): it is in the file that backs it"
+    )]
+    RamLeftOut,
     /// No memory in it.
     #[error("the dump holds no memory")]
     NoMemory,
@@ -94,10 +99,10 @@ pub enum Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Unsupported {
-    /// `virsh save` or `virsh dump` without `--memory-only`.
-    LibvirtSave,
-    /// A QEMU migration stream or `savevm` state.
-    QemuMigration,
+    /// A libvirt save file of this format (`save_image_format` in its qemu.conf), not `raw`.
+    LibvirtSave(&'static str),
+    /// A QEMU migration stream with this capability.
+    QemuMigration(&'static str),
     /// A disk image with internal snapshots.
     Qcow2,
     /// The diskdump facility of 2.6 kernels, the ancestor of kdump-compressed.
@@ -113,8 +118,10 @@ impl Unsupported {
     #[must_use]
     pub const fn advice(self) -> &'static str {
         match self {
-            Self::LibvirtSave => "use `virsh dump --memory-only`",
-            Self::QemuMigration => "use `dump-guest-memory` (or restore it and dump then)",
+            Self::LibvirtSave(_) => {
+                "use `virsh dump --memory-only`, or save it again with `--image-format raw`"
+            }
+            Self::QemuMigration(_) => "use `dump-guest-memory` (or restore it and dump then)",
             Self::Qcow2 => "load the snapshot into QEMU and use `dump-guest-memory`",
             Self::Diskdump => "convert it with makedumpfile",
             Self::WindowsDump => "only Linux guests are diagnosed",
@@ -126,8 +133,12 @@ impl Unsupported {
 impl std::fmt::Display for Unsupported {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::LibvirtSave => "a libvirt save file",
-            Self::QemuMigration => "a QEMU migration stream",
+            Self::LibvirtSave(format) => {
+                return write!(f, "a libvirt save file of format {format}");
+            }
+            Self::QemuMigration(with) => {
+                return write!(f, "a QEMU migration stream with capability {with}");
+            }
             Self::Qcow2 => "a qcow2 disk image",
             Self::Diskdump => "a diskdump",
             Self::WindowsDump => "a Windows crash dump",

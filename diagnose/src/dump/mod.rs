@@ -20,6 +20,7 @@ mod raw;
 mod remark;
 mod segments;
 mod storage;
+mod stream;
 #[cfg(test)]
 mod testing;
 
@@ -34,7 +35,8 @@ use repair_image::{MappedFile, Vmcoreinfo};
 pub use error::{Error, Unsupported};
 pub use notes::CpuNote;
 pub use raw::RawLayout;
-pub use remark::Remark;
+pub use remark::{Remark, SplitBy};
+pub use storage::Bytes;
 
 use notes::Notes;
 use pages::Pages;
@@ -68,6 +70,11 @@ pub enum FormatKind {
     },
     /// Raw image of RAM.
     Raw(RawLayout),
+    /// QEMU's migration stream.
+    Migration {
+        /// Whether libvirt's header stands before it.
+        libvirt: bool,
+    },
 }
 
 /// The format of a dump and how it came.
@@ -79,7 +86,7 @@ pub struct Format {
     pub flattened: bool,
     /// Number of files.
     pub parts: usize,
-    /// Whether QEMU wrote it (its own notes are in it).
+    /// Whether QEMU wrote it (its own notes are in it, or it is a migration stream).
     pub by_qemu: bool,
 }
 
@@ -94,6 +101,8 @@ impl fmt::Display for Format {
                 }
             }
             FormatKind::Raw(_) => f.write_str("raw image of RAM")?,
+            FormatKind::Migration { libvirt: false } => f.write_str("migration stream")?,
+            FormatKind::Migration { libvirt: true } => f.write_str("libvirt save file")?,
         }
         if self.by_qemu {
             f.write_str(", by QEMU")?;
@@ -120,8 +129,8 @@ pub struct Coverage {
 /// A dump. `B` is a file's bytes, most often a mapping of it.
 ///
 /// What is RAM but not in the dump gives [`MemoryError::NotCaptured`]; so does what is damaged.
-/// [`PhysMemory::ranges`] of a kdump-compressed dump lists all RAM; that of an ELF dump what is in the
-/// file, since sizes beyond that are mere claims there.
+/// [`PhysMemory::ranges`] of a kdump-compressed dump lists all RAM; that of an ELF dump or a migration stream
+/// what is in the file, since sizes beyond that are mere claims there.
 pub struct Dump<B = MappedFile> {
     memory: Memory<B>,
     cpus: Vec<CpuNote>,
@@ -145,7 +154,7 @@ pub fn open<P: AsRef<Path>>(paths: &[P], hints: &Hints) -> Result<Dump, Error> {
     Dump::parse_parts(paths.iter().map(map).collect::<Result<_, _>>()?, hints)
 }
 
-impl<B: AsRef<[u8]>> Dump<B> {
+impl<B: Bytes> Dump<B> {
     /// A dump of one file.
     ///
     /// # Errors
@@ -177,6 +186,10 @@ impl<B: AsRef<[u8]>> Dump<B> {
         }
         if &start == kdump::SIGNATURE {
             return Self::kdump(vec![storage]);
+        }
+        let mut remarks = Vec::new();
+        if let Some(start) = stream::find(&storage, &mut remarks)? {
+            return Self::stream(storage, start, remarks);
         }
         if let Some(format) = unsupported(&storage) {
             return Err(Error::Unsupported(format));
@@ -245,6 +258,19 @@ impl<B: AsRef<[u8]>> Dump<B> {
         Ok(Self::new(Memory::Segments(memory), Notes::default(), Vec::new(), format))
     }
 
+    fn stream(
+        storage: Storage<B>,
+        start: stream::Start,
+        mut remarks: Vec<Remark>,
+    ) -> Result<Self, Error> {
+        let stream = stream::open(storage, start, &mut remarks)?;
+        let kind = FormatKind::Migration { libvirt: start.libvirt };
+        let flattened = stream.memory.is_flattened();
+        let format = Format { kind, flattened, parts: 1, by_qemu: true };
+        let notes = Notes { cpus: stream.cpus, ..Notes::default() };
+        Ok(Self::new(Memory::Stream(stream.memory), notes, remarks, format))
+    }
+
     /// A file without a known start is an image of RAM when a kernel's VMCOREINFO is in it. It is searched
     /// only if its size leaves no doubt about the layout.
     fn raw_by_content(storage: Storage<B>, start: [u8; 8]) -> Result<Self, Error> {
@@ -311,6 +337,7 @@ impl<B: AsRef<[u8]>> Dump<B> {
                 let ram = pages.ram();
                 Coverage { ram, captured: pages.captured() }
             }
+            Memory::Stream(stream) => Coverage { ram: stream.ram(), captured: stream.captured() },
         }
     }
 
@@ -346,6 +373,7 @@ impl<B: AsRef<[u8]>> Machine for Dump<B> {
 enum Memory<B> {
     Segments(Segments<B>),
     Pages(Pages<B>),
+    Stream(stream::Memory<B>),
 }
 
 impl<B: AsRef<[u8]>> Memory<B> {
@@ -353,18 +381,14 @@ impl<B: AsRef<[u8]>> Memory<B> {
         match self {
             Self::Segments(segments) => segments,
             Self::Pages(pages) => pages,
+            Self::Stream(stream) => stream,
         }
     }
 }
 
 /// Formats that are told from garbage, so that the error can say what to do.
 fn unsupported<B: AsRef<[u8]>>(storage: &Storage<B>) -> Option<Unsupported> {
-    let starts: [(&[u8], Unsupported); 13] = [
-        // `QEMU_SAVE_MAGIC` and `QEMU_SAVE_PARTIAL` of libvirt's qemu_saveimage.h.
-        (b"LibvirtQemudSave", Unsupported::LibvirtSave),
-        (b"LibvirtQemudPart", Unsupported::LibvirtSave),
-        // `QEMU_VM_FILE_MAGIC` of QEMU's migration/savevm.h.
-        (b"QEVM", Unsupported::QemuMigration),
+    let starts: [(&[u8], Unsupported); 10] = [
         (b"QFI\xfb", Unsupported::Qcow2),
         (b"DISKDUMP", Unsupported::Diskdump),
         (b"diskdump", Unsupported::Diskdump),
@@ -386,6 +410,7 @@ mod tests {
     use guest::{MemoryError, Reg};
     use proptest::prelude::*;
 
+    use super::stream::testing::{Sent, StreamFile, saved};
     use super::testing::{KdumpFile, Packing, core, note};
     use super::*;
 
@@ -469,8 +494,7 @@ mod tests {
     #[test]
     fn formats_that_are_not_read_are_named() {
         let error = |start: &[u8]| Dump::parse(start.to_vec()).err().unwrap().to_string();
-        assert!(error(b"LibvirtQemudSave....").contains("--memory-only"));
-        assert!(error(b"QEVM\0\0\0\x03").contains("migration"));
+        assert!(error(b"QFI\xfb\0\0\0\x03").contains("dump-guest-memory"));
         assert!(error(b"hello").contains("no known dump format"));
         assert!(matches!(
             Dump::<Vec<u8>>::parse_parts(vec![], &Hints::default()),
@@ -495,8 +519,23 @@ mod tests {
         assert!(dump.phys().read_u64(GuestPhys(0x3000)).is_err());
     }
 
+    fn some_stream(libvirt: bool) -> Vec<u8> {
+        let mut file = StreamFile::new("pc-q35-7.2", &[]);
+        file.blocks(&[("vga", 1 << 20), ("pc.ram", 4 << 30)], false);
+        let pages = [("pc.ram", 0, Sent::Page(&[3; 4096])), ("vga", 0x1000, Sent::Fill(1))];
+        file.pages(&pages);
+        file.pages(&[("pc.ram", 0, Sent::Fill(0)), ("pc.ram", 3 << 30, Sent::Difference(&[1]))]);
+        file.cpu(0, 1, 2, 3);
+        file.clock(0x8000, 0x8000);
+        let file = file.finish(true);
+        if libvirt { saved(b"LibvirtQemudSave", 0, &file) } else { file }
+    }
+
     fn some_file() -> impl Strategy<Value = Vec<u8>> {
-        (0usize..4, any::<bool>()).prop_map(|(kind, flattened)| {
+        (0usize..5, any::<bool>()).prop_map(|(kind, flattened)| {
+            if kind == 4 {
+                return some_stream(flattened);
+            }
             let notes = [note("CORE", 1, &[3; 336]), note("QEMU", 0, &[4; 440])].concat();
             let file = if kind == 0 {
                 core(&notes, &[(0x1000, 0x2000, &[5; 0x800]), (0x9000, 64, &[6; 64])], true)

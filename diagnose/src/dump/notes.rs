@@ -8,7 +8,7 @@ use crate::core_notes::{PRSTATUS, PRSTATUS_PID, PRSTATUS_REGISTERS, QEMU_GENERAL
 use crate::live_core::{NOTE_NAME, NOTE_TYPE};
 
 /// More CPUs than `CONFIG_NR_CPUS` allows (8192).
-const MAX_CPUS: usize = 8192;
+pub(super) const MAX_CPUS: usize = 8192;
 /// Name size, descriptor size, type.
 const HEADER: usize = 12;
 /// Index of `gs_base` in [`USER_REGISTERS`]: see [`prstatus`].

@@ -9,7 +9,7 @@ use super::segments::Segment;
 const ABOVE: u64 = 4 << 30;
 /// The smallest RAM at which some machine has RAM above 4 GiB: QEMU's q35 (`pc_q35_init()` in
 /// hw/i386/pc_q35.c; 3.5 GiB for its `pc`).
-const FIRST_SPLIT: u64 = 0xb000_0000;
+pub(super) const FIRST_SPLIT: u64 = 0xb000_0000;
 
 /// Layout of a raw image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

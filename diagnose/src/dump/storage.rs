@@ -3,8 +3,32 @@
 
 use std::borrow::Cow;
 
+use repair_image::MappedFile;
+
 use super::Error;
 use super::flat;
+
+/// A file's bytes, in memory or mapped.
+pub trait Bytes: AsRef<[u8]> {
+    /// `len` bytes from `offset` on are not read again soon: what they take of this process's memory may be given back.
+    fn forget(&self, _offset: usize, _len: usize) {}
+}
+
+impl Bytes for MappedFile {
+    fn forget(&self, offset: usize, len: usize) {
+        Self::forget(self, offset, len);
+    }
+}
+
+impl Bytes for Vec<u8> {}
+
+impl Bytes for [u8] {}
+
+impl<T: Bytes + ?Sized> Bytes for &T {
+    fn forget(&self, offset: usize, len: usize) {
+        (**self).forget(offset, len);
+    }
+}
 
 /// A piece of the unflattened file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +163,16 @@ impl<B: AsRef<[u8]>> Storage<B> {
         let mut bytes = [0; N];
         self.read(at, &mut bytes)?;
         Some(bytes)
+    }
+}
+
+impl<B: Bytes> Storage<B> {
+    /// The bytes before `end`, from `from` on, are not read again soon.
+    pub(super) fn forget(&self, from: u64, end: u64) {
+        let range = (usize::try_from(from), usize::try_from(end.saturating_sub(from)));
+        if let (None, (Ok(offset), Ok(len))) = (&self.extents, range) {
+            self.bytes.forget(offset, len);
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! What must hold of files: a module's object, a dump of any format.
 
-use diagnose::dump::{Dump, Hints};
+use diagnose::dump::{Dump, FormatKind, Hints};
 use guest::{GuestPhys, GuestVirt, LinkAddr, Machine, MemoryError, Vcpu};
 use repair_image::{OrcLayout, Vmcoreinfo, compile};
 
@@ -70,6 +70,43 @@ pub fn vmcore(data: &[u8]) {
         let _ = repair_image::without_files(phys, &[]);
     }
 }
+
+/// A migration stream: each page that is captured can be read, and has cost the file a header and a byte; what
+/// libvirt writes before a stream changes nothing in it.
+///
+/// # Panics
+/// When that does not hold.
+pub fn migration_stream(data: &[u8]) {
+    let Ok(mut dump) = Dump::parse(data) else { return };
+    let FormatKind::Migration { libvirt } = dump.format().kind else { return };
+    let captured = dump.coverage().captured;
+    assert!(captured / 4096 <= data.len() as u64 / 9 && captured <= dump.coverage().ram);
+    let ranges = dump.phys().ranges();
+    assert!(ranges.windows(2).all(|pair| pair[0].end < pair[1].start));
+    assert_eq!(ranges.iter().map(|range| range.end.0 - range.start.0).sum::<u64>(), captured);
+    for range in ranges.iter().take(64) {
+        for at in [range.start, GuestPhys(range.end.0 - 8)] {
+            assert!(dump.phys().read_u64(at).is_ok(), "a page at {at:#x} that is not captured");
+        }
+    }
+    if libvirt || dump.format().flattened {
+        return;
+    }
+    let saved = [LIBVIRT_HEADER, &[0; 92 - 24], b"<domain/>\0", data].concat();
+    let mut saved = Dump::parse(saved).expect("the same stream");
+    assert_eq!((saved.coverage(), saved.phys().ranges()), (dump.coverage(), ranges.clone()));
+    for range in ranges.iter().take(64) {
+        let read = |dump: &dyn Machine| dump.phys().read_u64(range.start);
+        assert_eq!(read(&saved), read(&dump));
+    }
+    assert_eq!(saved.vcpu_count(), dump.vcpu_count());
+    for vcpu in (0..dump.vcpu_count()).map(Vcpu) {
+        assert_eq!(saved.registers(vcpu).ok(), dump.registers(vcpu).ok());
+    }
+}
+
+/// Magic, version 2, 10 bytes of XML: zeroes follow.
+const LIBVIRT_HEADER: &[u8] = b"LibvirtQemudSave\x02\0\0\0\x0a\0\0\0";
 
 /// Whether a file is a part of a split dump that holds no page: then two of it do not overlap.
 fn is_empty_part(data: &[u8]) -> bool {

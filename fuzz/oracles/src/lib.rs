@@ -17,7 +17,7 @@ mod tables;
 
 pub use console::console;
 pub use crash::{crash, instructions, unwinding};
-pub use files::{module_object, vmcore};
+pub use files::{migration_stream, module_object, vmcore};
 pub use layers::{guest_layer, kernel_layer};
 pub use memory::{KERNEL, kernel_memory, page_tables, vmcoreinfo};
 pub use monitor::{hmp_text, qmp_line};
@@ -30,7 +30,7 @@ pub use tables::{btf, notes, unwind_tables};
 pub type Oracle = fn(&[u8]);
 
 /// Every oracle by the name of its fuzz target and folder of seeds.
-pub const ORACLES: [(&str, Oracle); 20] = [
+pub const ORACLES: [(&str, Oracle); 21] = [
     ("btf", btf),
     ("console", console),
     ("crash", crash),
@@ -39,6 +39,7 @@ pub const ORACLES: [(&str, Oracle); 20] = [
     ("instructions", instructions),
     ("kernel_layer", kernel_layer),
     ("kernel_memory", kernel_memory),
+    ("migration_stream", migration_stream),
     ("module_object", module_object),
     ("notes", notes),
     ("page_tables", page_tables),

@@ -43,6 +43,7 @@ pub(crate) fn add(seeds: &Seeds) -> Outcome<()> {
     let kdump = kdump()?;
     seeds.add("vmcore", "kdump", &kdump)?;
     seeds.add("vmcore", "flattened", flattened(&kdump))?;
+    seeds.add("migration_stream", "two_cpus", migration_stream())?;
     seeds.add("page_tables", "four_levels", page_tables(false))?;
     seeds.add("page_tables", "five_levels", page_tables(true))?;
     seeds.add("payload_results", "second_call", mailbox()?)
@@ -312,4 +313,55 @@ fn mailbox() -> Outcome<Vec<u8>> {
     (mailbox[0x18], mailbox[0x1c], mailbox[0x40 + 0x40], mailbox[0x40 + 0x48 + 0x40]) =
         (1, 2, 2, 1);
     Ok(mailbox)
+}
+
+/// A stream of a q35 with 4 GiB: two pages in each part of RAM, one of them twice, one page of a device; vCPUs; CMOS.
+fn migration_stream() -> Vec<u8> {
+    let name = |name: &str| [&[name.len() as u8], name.as_bytes()].concat();
+    let section = |kind: u8, id: u32, content: &[u8]| {
+        [&[kind], &id.to_be_bytes()[..], content, &[0x7e], &id.to_be_bytes()].concat()
+    };
+    let first = |device: &str, instance: u32| {
+        [name(device), instance.to_be_bytes().to_vec(), vec![0, 0, 0, 1]].concat()
+    };
+    let word = |word: u64| word.to_be_bytes().to_vec();
+    let list = [
+        [first("ram", 0), word(4 << 30 | 1 << 20 | 4)].concat(),
+        [name("pc.ram"), word(4 << 30), name("vga"), word(1 << 20), word(0x10)].concat(),
+    ];
+    let page: Vec<u8> = b"a page ".iter().copied().cycle().take(4096).collect();
+    let pages = [
+        [word(0x1008), name("pc.ram"), page, word(0x2022), vec![0]].concat(),
+        [word(0x8000_0022), vec![0], word(0x8000_1022), vec![7]].concat(),
+        [word(2), name("vga"), vec![1], word(0x10)].concat(),
+    ];
+    let again = [word(0x2002), name("pc.ram"), vec![5], word(0x10)].concat();
+    let cpu =
+        |instance| [first("cpu", instance), vec![instance as u8 + 1; 16 * 8 + 8 + 6 * 12]].concat();
+    let mut clock = [first("mc146818rtc", 0), vec![0; 128]].concat();
+    let cmos = clock.len() - 128;
+    (clock[cmos + 0x35], clock[cmos + 0x34], clock[cmos + 0x5c]) = (0x7f, 0, 0x80);
+    let cpu_fields = r#"{"name":"env.regs","array_len":16,"size":8},{"name":"env.eip","size":8},{"name":"env.segs",
+        "array_len":6,"struct":{"fields":[{"name":"selector","size":4},{"name":"base","size":8}]},"size":12}"#;
+    let devices = [
+        format!(r#"{{"name":"cpu","instance_id":0,"fields":[{cpu_fields}]}}"#),
+        format!(r#"{{"name":"cpu","instance_id":1,"fields":[{cpu_fields}]}}"#),
+        r#"{"name":"mc146818rtc","instance_id":0,"fields":[{"name":"cmos_data","size":128}]}"#
+            .to_owned(),
+    ];
+    let json =
+        format!(r#"{{"page_size":4096,"devices":[{}]}}"#, devices.join(",").replace('\n', ""));
+    [
+        b"QEVM\0\0\0\x03\x07\0\0\0\x0apc-q35-7.2".to_vec(),
+        section(1, 2, &list.concat()),
+        section(2, 2, &pages.concat()),
+        section(3, 2, &again),
+        section(4, 3, &cpu(0)),
+        section(4, 4, &cpu(1)),
+        section(4, 5, &clock),
+        vec![0, 6],
+        (json.len() as u32).to_be_bytes().to_vec(),
+        json.into_bytes(),
+    ]
+    .concat()
 }
