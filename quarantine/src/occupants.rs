@@ -16,7 +16,7 @@ pub(crate) fn first(situation: &Situation<'_>, module: &Module) -> Option<String
         .vcpus
         .iter()
         .enumerate()
-        .filter(|(index, _)| *index != usize::from(situation.diagnosis.vcpu.0))
+        .filter(|(index, _)| *index != situation.diagnosis.vcpu.0)
         .find(|(_, registers)| !is_elsewhere(situation, module, registers, &mut cache))
         .map(|(index, _)| format!("vCPU {index}"));
     if on_cpu.is_some() {
@@ -100,7 +100,7 @@ mod tests {
     fn a_cpu_in_user_mode_is_elsewhere_and_one_in_the_driver_is_told() {
         let scene = Scene::new();
         let at = |rip: u64| Registers::unknown().with(Reg::Rip, rip);
-        let own = usize::from(scene.diagnosis().vcpu.0);
+        let own = scene.diagnosis().vcpu.0;
         let mut vcpus = vec![at(MODULE_TEXT.0); own + 2];
         assert_eq!(found(&scene, &vcpus), Some(format!("vCPU {}", own + 1)));
         vcpus[own + 1] = at(0x40_0000);
