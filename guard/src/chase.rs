@@ -288,7 +288,8 @@ mod tests {
     fn stranded(at: GuestVirt) -> Quarry {
         let (module, function) = ("m".to_owned(), "f".to_owned());
         let sleeper = sleeper(at);
-        Quarry::Stranded(Stranded { sleeper, queued: None, module, function, resumes_at: at })
+        let (queued, is_known) = (None, true);
+        Quarry::Stranded(Stranded { sleeper, queued, module, function, resumes_at: at, is_known })
     }
 
     fn chase(quarry: Quarry, begun: Instant, stage: Stage) -> Chase {

@@ -20,12 +20,16 @@ const TRIES_MAX: u32 = 20;
 /// Sleepers that were tried or told of, and are remembered.
 const KNOWN_MAX: usize = 256;
 
+/// Instead of switches, for a task that was inside and runs, or has ended.
+const AWAY: u64 = u64::MAX;
+
 /// What is known of sleepers inside quarantined drivers.
 #[derive(Default)]
 pub struct Inside {
     /// Quarantined drivers, and when they were first seen to be.
     drivers: HashMap<String, Instant>,
-    /// Sleepers inside, by task: their switches, and since when they have slept on.
+    /// Who is inside, by task: switches, and since when it has slept on; [`AWAY`], and since when it was not seen
+    /// asleep.
     sleepers: HashMap<GuestVirt, (u64, Instant)>,
     /// Tasks that were tried, and how often.
     tried: Vec<(GuestVirt, u32)>,
@@ -53,6 +57,28 @@ impl Inside {
 
     fn is_settling(&self, now: Instant) -> bool {
         self.drivers.values().any(|since| now.saturating_duration_since(*since) < SETTLES)
+    }
+
+    /// Remembers who was inside and is not seen asleep now. Whoever has ended is never seen again.
+    fn keep_away(
+        &mut self,
+        before: HashMap<GuestVirt, (u64, Instant)>,
+        seen: &[GuestVirt],
+        now: Instant,
+    ) {
+        for (task, (switches, since)) in before {
+            let since = if switches == AWAY { since } else { now };
+            if !seen.contains(&task) && now.saturating_duration_since(since) < SETTLES {
+                self.sleepers.insert(task, (AWAY, since));
+            }
+        }
+    }
+
+    /// Whether all who are inside have slept on for so long.
+    fn is_quiet(&self, now: Instant, limit: Duration) -> bool {
+        self.sleepers.values().all(|(switches, since)| {
+            *switches != AWAY && now.saturating_duration_since(*since) >= limit
+        })
     }
 
     fn tries(&self, task: GuestVirt) -> u32 {
@@ -113,24 +139,34 @@ impl<M: Machine> Guard<M> {
         let is_quarantined = |name: &str| inside.drivers.contains_key(name);
         let cache = &mut self.session.cache;
         let mut found = Found::default();
+        let mut seen = Vec::new();
         cache.look_again();
         for sleeper in sleepers {
             let task = sleeper.position.task;
+            seen.push(task);
             let look = asleep::stranded(image, &memory, &sleeper, &is_quarantined, cache);
             if matches!(look, Err(NotStranded::Outside | NotStranded::Unreadable)) {
                 continue;
             }
             let same = before.get(&task).filter(|(switches, _)| *switches == sleeper.switches);
-            let since = same.map_or(now, |(_, since)| *since);
+            // Whoever wakes by other means is about to run, however long it has slept.
+            let wakes = matches!(
+                look,
+                Err(NotStranded::Woken | NotStranded::TakesSignals | NotStranded::Timed)
+            );
+            let since = same.filter(|_| !wakes).map_or(now, |(_, since)| *since);
             inside.sleepers.insert(task, (sleeper.switches, since));
             if now.saturating_duration_since(since) < limit {
                 continue;
             }
             match look {
                 Ok(stranded) => found.stranded.push(stranded),
-                Err(NotStranded::Woken | NotStranded::TakesSignals | NotStranded::Timed) => {}
                 Err(why) => found.left.push((sleeper, why)),
             }
+        }
+        inside.keep_away(before, &seen, now);
+        if !inside.is_quiet(now, limit) {
+            found.stranded.retain(|stranded| !stranded.is_known);
         }
         found
     }
@@ -180,7 +216,8 @@ mod tests {
 
     fn stranded() -> Stranded {
         let (module, function) = ("m".to_owned(), "f".to_owned());
-        Stranded { sleeper: sleeper(TASK), queued: None, module, function, resumes_at: TASK }
+        let (sleeper, queued, is_known) = (sleeper(TASK), None, true);
+        Stranded { sleeper, queued, module, function, resumes_at: TASK, is_known }
     }
 
     #[test]
@@ -195,6 +232,24 @@ mod tests {
         assert!(inside.is_of_interest(["m"].into_iter(), later) && !inside.is_settling(later));
         assert!(inside.is_of_interest(["m", "n"].into_iter(), later) && inside.is_settling(later));
         assert!(!inside.is_of_interest([].into_iter(), later), "no driver is quarantined any more");
+    }
+
+    #[test]
+    fn it_is_quiet_when_nobody_is_about() {
+        let (mut inside, now) = (Inside::default(), Instant::now());
+        let limit = Duration::from_secs(5);
+        let later = now + limit;
+        assert!(inside.is_quiet(now, limit));
+        inside.sleepers.insert(TASK, (1, now));
+        assert!(!inside.is_quiet(now, limit) && inside.is_quiet(later, limit));
+        let before = std::mem::take(&mut inside.sleepers);
+        inside.keep_away(before.clone(), &[TASK], later);
+        assert!(inside.sleepers.is_empty(), "it sleeps elsewhere");
+        inside.keep_away(before, &[], later);
+        assert!(!inside.is_quiet(later + limit, limit), "it runs");
+        let before = std::mem::take(&mut inside.sleepers);
+        inside.keep_away(before, &[], later + SETTLES);
+        assert!(inside.sleepers.is_empty(), "it has ended");
     }
 
     #[test]

@@ -61,6 +61,9 @@ pub struct Stranded {
     pub function: String,
     /// Where it goes on once it is woken, guest-virtual.
     pub resumes_at: GuestVirt,
+    /// Whether the driver may know it by its `task_struct`, which must not vanish while somebody else is about inside:
+    /// a thread, which its maker wakes and stops, or whoever stands in no queue.
+    pub is_known: bool,
 }
 
 /// Why a sleeper is not to be taken out of a driver.
@@ -132,7 +135,8 @@ fn look(
     if !frames.iter().any(of_driver) {
         return Err(NotStranded::Outside);
     }
-    check_state(kernel, sleeper)?;
+    let is_thread = is_thread(kernel, sleeper)?;
+    check_state(sleeper, is_thread)?;
     let core = |names: &'static [&str]| {
         move |frame: &&Frame| frame.module.is_none() && names.contains(&function(frame))
     };
@@ -169,6 +173,7 @@ fn look(
     })?;
     Ok(Stranded {
         sleeper: sleeper.clone(),
+        is_known: is_thread || queued.is_none(),
         queued,
         module,
         function: function(driver).to_owned(),
@@ -176,13 +181,16 @@ fn look(
     })
 }
 
+fn is_thread(kernel: &Kernel<'_>, sleeper: &Sleeper) -> Result<bool, NotStranded> {
+    let mm = kernel.pointer(sleeper.position.task, "task_struct", "mm");
+    mm.map(|mm| mm.0 == 0).map_err(|_| NotStranded::Unreadable)
+}
+
 /// Signals wake processes that sleep interruptibly, but no thread of the kernel's.
-fn check_state(kernel: &Kernel<'_>, sleeper: &Sleeper) -> Result<(), NotStranded> {
-    let state = sleeper.position.state;
-    let mm = kernel.number(sleeper.position.task, "task_struct", "mm");
-    match mm.map_err(|_| NotStranded::Unreadable)? {
-        _ if state & (INTERRUPTIBLE | UNINTERRUPTIBLE) == 0 => Err(NotStranded::Woken),
-        1.. if state & INTERRUPTIBLE != 0 => Err(NotStranded::TakesSignals),
+fn check_state(sleeper: &Sleeper, is_thread: bool) -> Result<(), NotStranded> {
+    match sleeper.position.state {
+        state if state & (INTERRUPTIBLE | UNINTERRUPTIBLE) == 0 => Err(NotStranded::Woken),
+        state if state & INTERRUPTIBLE != 0 && !is_thread => Err(NotStranded::TakesSignals),
         _ => Ok(()),
     }
 }
@@ -318,7 +326,7 @@ mod tests {
         assert_eq!(inside(&["schedule", "f [other]"]), Err(outside));
         let stranded = inside(&["__schedule", "schedule", "f [m]", "vfs_ioctl"]).unwrap();
         assert_eq!((stranded.module.as_str(), stranded.function.as_str()), ("m", "f"));
-        assert_eq!(stranded.queued, None);
+        assert_eq!((stranded.queued, stranded.is_known), (None, true));
         assert!(stranded.describe().contains("reader (pid 7) sleeps in f [m] to be woken"));
         for names in [
             &["schedule", "kthread_stop", "f [m]"][..],
