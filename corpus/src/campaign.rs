@@ -260,7 +260,8 @@ pub fn run(case: &'static Case, stand: &Stand, guard: &GuardConfig) -> Result<Ve
     }
     let later = guard.drain();
     if case.quarantined {
-        verdict.rung = later.iter().filter_map(rung).next_back().or(verdict.rung);
+        // Who was left inside is taken out later, by a lower rung.
+        verdict.rung = later.iter().filter_map(rung).max().or(verdict.rung);
     } else {
         wrong.extend(further_crashes(&later));
     }

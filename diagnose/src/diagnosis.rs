@@ -70,6 +70,8 @@ pub enum CrashClass {
     LockSelfDeadlock,
     /// Tasks sleep for locks that each other hold.
     LockCycle,
+    /// A task sleeps in a driver that will never wake it.
+    EndlessSleep,
     /// Text of a function that the fault met is not what it was.
     TextCorruption,
     /// A word of read-only data that the fault met is not what it was.
@@ -393,7 +395,7 @@ pub struct Diagnosis {
     pub damage: Vec<Damage>,
     /// What the kernel's message says (`panic()` text, BUG file and line), if any.
     pub message: Option<String>,
-    /// The lock in whose queue the task stands, if that is what is to be ended.
+    /// The queue in which the task stands, if that is what is to be ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queued: Option<Queued>,
 }

@@ -20,10 +20,10 @@ pub enum Error {
     /// The machine could not do what was asked.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// Tasks that slept for each other's locks do so no more.
-    #[error("the tasks do not wait for each other any more")]
-    CircleOpen,
-    /// It can't be told how to end the call of a task that sleeps for its lock.
+    /// A task does not sleep any more for what it slept for.
+    #[error("it is not asleep any more, or what it waits for has changed")]
+    NotAsleep,
+    /// It can't be told how to end the call of a task that sleeps.
     #[error(transparent)]
     NotCaught(diagnose::asleep::NotCaught),
     /// The observer could not be told.

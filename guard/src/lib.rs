@@ -29,6 +29,7 @@
 #![forbid(unsafe_code)]
 
 mod asleep;
+mod chase;
 mod core_file;
 mod crash;
 mod error;
@@ -41,6 +42,7 @@ mod page;
 mod progress;
 mod report;
 mod session;
+mod stranded;
 mod stuck;
 #[cfg(test)]
 mod testing;

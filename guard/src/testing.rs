@@ -327,3 +327,17 @@ pub(crate) fn at_work(memory: &Memory) -> Guard<Scripted> {
     assert_eq!(memory.names(), ["image", "armed"]);
     guard
 }
+
+/// A task that sleeps uninterruptibly.
+pub(crate) fn sleeper(task: GuestVirt) -> diagnose::asleep::Sleeper {
+    let position = diagnose::tasks::TaskPosition {
+        task,
+        pid: 1,
+        tgid: 1,
+        comm: String::new(),
+        on_cpu: None,
+        state: 2,
+        sp: task,
+    };
+    diagnose::asleep::Sleeper { position, switches: 0, ran_at: 0 }
+}

@@ -197,6 +197,7 @@ fn finish(
 /// that can be done; if not, an error return is still better than a crash.
 fn order(diagnosis: &Diagnosis, standing: &Standing) -> Vec<Rung> {
     match diagnosis.offender {
+        _ if is_left_behind(diagnosis) => vec![Rung::ReturnError, Rung::QuarantineProcess],
         Some(Offender::Driver { .. }) if standing.escalate() => {
             vec![Rung::QuarantineDriver, Rung::ReturnError, Rung::QuarantineProcess]
         }
@@ -208,6 +209,11 @@ fn order(diagnosis: &Diagnosis, standing: &Standing) -> Vec<Rung> {
 /// to whoever comes next.
 fn is_damaged(diagnosis: &Diagnosis) -> bool {
     !diagnosis.damage.is_empty()
+}
+
+/// Whether it is about a task that the quarantine of its driver has left inside: the driver has nothing more to lose.
+fn is_left_behind(diagnosis: &Diagnosis) -> bool {
+    diagnosis.class == Some(CrashClass::EndlessSleep)
 }
 
 /// Whether the crash itself says that somebody has written or freed what is not theirs. Once may be a bad argument; a
@@ -272,7 +278,8 @@ fn rung_steps(
             core_return::steps(situation, policy)
         }
         (Rung::ReturnError, Some(Offender::Driver { .. })) => {
-            if standing.escalate() && !policy.return_error_when_quarantine_fails {
+            let escalate = standing.escalate() && !is_left_behind(situation.diagnosis);
+            if escalate && !policy.return_error_when_quarantine_fails {
                 return Err(standing.why());
             }
             error_return::steps(situation, policy)
@@ -318,6 +325,9 @@ fn not_tried(
 ) -> Reason {
     if taken == Rung::RepairKernel {
         return Reason::DamageStays;
+    }
+    if other == Rung::QuarantineDriver && is_left_behind(situation.diagnosis) {
+        return Reason::NotNeeded;
     }
     if other < taken {
         return standing.why();
@@ -425,6 +435,19 @@ note: memory, references and device state that the abandoned frames had in hand 
         let plan = plan_of(&scene, &core, &Policy::default());
         assert_eq!(plan.rung, Some(Rung::QuarantineProcess));
         assert_eq!(plan.loss, "the process worker (pid 300)");
+    }
+
+    #[test]
+    fn who_was_left_inside_a_quarantined_driver_is_sent_back() {
+        let scene = Scene::new();
+        let mut diagnosis = scene.diagnosis();
+        diagnosis.class = Some(CrashClass::EndlessSleep);
+        let policy =
+            Policy { strikes: 1, return_error_when_quarantine_fails: false, ..Policy::default() };
+        let plan = plan_of(&scene, &diagnosis, &policy);
+        assert_eq!(plan.rung, Some(Rung::ReturnError));
+        diagnosis.boundary = None;
+        assert_eq!(plan_of(&scene, &diagnosis, &policy).rung, Some(Rung::QuarantineProcess));
     }
 
     #[test]

@@ -35,7 +35,8 @@ pub struct Policy {
     /// Incidents with a `live.core` at most (about 17 MB each): the first of each signature.
     pub live_cores: u32,
     /// Seconds without any progress after which a CPU that does not leave a driver's code is taken for locked
-    /// up; 0: never. A loop that visibly makes headway gets four times as long.
+    /// up; 0: never. A loop that visibly makes headway gets four times as long. Tasks that sleep for each other, or in a
+    /// quarantined driver, are given as long, too.
     pub lockup_s: u64,
 }
 

@@ -1,5 +1,6 @@
 //! Who sleeps inside a driver that is being quarantined: nobody would wake them any more. Those whom a signal wakes are
-//! sent back as by one; the restarted call then finds the driver's entry failing.
+//! sent back as by one; the restarted call then finds the driver's entry failing. The others are seen to later, when it
+//! has shown that nothing wakes them (`diagnose::asleep::stranded()`).
 
 use diagnose::tasks::{self, TaskPosition};
 use diagnose::{CodeCache, Frame};
@@ -49,7 +50,7 @@ pub(crate) fn wake(
         match call(situation, module, &task).filter(|_| calls.len() < WAKES_MAX) {
             Some(call) => calls.push(call),
             None => notes.push(format!(
-                "{} (pid {}) sleeps in {} and can't be woken: it stays there",
+                "{} (pid {}) sleeps in {} and takes no signal: it is seen to later, if nothing wakes it",
                 task.comm, task.pid, module.name
             )),
         }

@@ -209,6 +209,15 @@ impl FakeTypes {
             ("rw_semaphore", "wait_lock", 8, 4),
             ("rw_semaphore", "wait_list", 0x10, 16),
             ("rwsem_waiter", "list", 8, 16),
+            ("completion", "wait.lock", 4, 4),
+            ("completion", "wait.task_list", 0x10, 16),
+            ("swait_queue", "task_list", 8, 16),
+            ("semaphore", "lock", 4, 4),
+            ("semaphore", "wait_list", 0x10, 16),
+            ("semaphore_waiter", "list", 8, 16),
+            ("wait_queue_head", "lock", 4, 4),
+            ("wait_queue_head", "head", 0x10, 16),
+            ("wait_queue_entry", "entry", 8, 16),
         ] {
             self.members.insert((structure, path), (offset, size));
         }

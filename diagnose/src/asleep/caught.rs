@@ -1,11 +1,12 @@
-//! A task of a circle that was woken and stands where it goes on: what a repair needs to know of it. Its frames are
-//! those of an ordinary call into a driver, from which an error can be returned.
+//! A task that was woken although nothing has come that it sleeps for, and stands where it goes on: what a repair needs
+//! to know of it. Its frames are those of an ordinary call into a driver, from which an error can be returned.
 
-use guest::{Hook, HookKind, PhysMemory, Registers, Vcpu};
+use guest::{GuestVirt, Hook, HookKind, PhysMemory, Registers, Vcpu};
 use repair_image::RepairImage;
 use thiserror::Error;
 
-use super::{Circle, LOCKING, SleepingLock};
+use super::stranded::sleeps_for_its_caller;
+use super::{LOCKING, Queued, Sleeper};
 use crate::boundary::{self, Scene};
 use crate::code::CodeCache;
 use crate::fault::Fault;
@@ -22,7 +23,24 @@ const FRAMES_MAX: usize = 512;
 /// Bits of the preempt count that count: bit 31 is the scheduler's.
 const COUNT_BITS: u32 = 0x7fff_ffff;
 
-/// Why a circle can't be opened by ending one task's call.
+/// A task whose call is to be ended, and what is known of it while it sleeps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Victim {
+    /// The task.
+    pub sleeper: Sleeper,
+    /// Its place in a queue, if it stands in one.
+    pub queued: Option<Queued>,
+    /// Where it goes on in the kernel or a driver once it is woken, guest-virtual.
+    pub resumes_at: GuestVirt,
+    /// The preempt count then, without the flag in bit 31.
+    pub preempt_count: u32,
+    /// Why it sleeps for ever.
+    pub class: CrashClass,
+    /// What says so, one fact a line.
+    pub evidence: Vec<String>,
+}
+
+/// Why a task's call can't be ended where it sleeps.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum NotCaught {
@@ -48,8 +66,8 @@ pub enum NotCaught {
     NoBoundary,
 }
 
-/// Diagnoses the first task of the circle, which stands on `vcpu` with these registers where it was woken; the guest
-/// stands, and the circle was found unchanged.
+/// Diagnoses the task, which stands on `vcpu` with these registers where it was woken; the guest stands, and what it
+/// sleeps for was found unchanged.
 ///
 /// # Errors
 /// It can't be told how to end its call.
@@ -58,15 +76,17 @@ pub fn caught(
     phys: &dyn PhysMemory,
     registers: &Registers,
     vcpu: Vcpu,
-    circle: &Circle,
+    victim: &Victim,
     cache: &mut CodeCache,
 ) -> Result<Diagnosis, NotCaught> {
     cache.look_again();
-    let victim = circle.victim()?;
+    if registers.rip() != Some(victim.resumes_at) {
+        return Err(NotCaught::Elsewhere);
+    }
     let space = image.placement.space(phys);
     let kernel = Kernel::new(image, &space, registers);
     let fault = frames(&kernel, registers, cache).ok_or(NotCaught::Elsewhere)?;
-    let mut evidence = circle.describe();
+    let mut evidence = victim.evidence.clone();
     let cpu = context::cpu(&kernel, registers);
     let context = context::of(&kernel, registers, &cpu, &fault, &mut evidence);
     let found = context.preempt_count.unwrap_or_default() & COUNT_BITS;
@@ -88,10 +108,7 @@ pub fn caught(
     if let Some(effects) = &mut all_effects {
         add_count(effects, victim.preempt_count, &fault);
     }
-    let class = Some(match circle.waiters.as_slice() {
-        [_] => CrashClass::LockSelfDeadlock,
-        _ => CrashClass::LockCycle,
-    });
+    let class = Some(victim.class.clone());
     Ok(Diagnosis {
         hook: Some(Hook { kind: HookKind::Stuck, at: victim.resumes_at }),
         vcpu,
@@ -112,20 +129,22 @@ pub fn caught(
         all_effects,
         damage: Vec::new(),
         message: None,
-        queued: Some(victim.queued),
+        queued: victim.queued,
     })
 }
 
-/// The frames from the registers outward. The lock's functions hold nothing but the preempt count, so their caller
-/// is the innermost frame that counts.
+/// The frames from the registers outward. The functions that sleep for a lock or another event hold nothing but the
+/// preempt count, so their caller is the innermost frame that counts.
 fn frames(kernel: &Kernel<'_>, registers: &Registers, cache: &mut CodeCache) -> Option<Fault> {
     let start = Start::of(registers)?;
     let limits = Limits { frames: FRAMES_MAX };
     let (frames, end) = unwind::walk(kernel.image, kernel.memory, cache, &start, limits);
-    let locks = |frame: &&Frame| frame.module.is_none() && LOCKING.contains(&function(frame));
-    let waits = frames.first().and_then(|frame| SleepingLock::waited_for_in(function(frame)));
-    let at = frames.iter().take_while(locks).count();
-    let found = waits.is_some() && at > 0 && at < frames.len();
+    let waits = |frame: &&Frame| {
+        let locks = frame.module.is_none() && LOCKING.contains(&function(frame));
+        locks || sleeps_for_its_caller(frame)
+    };
+    let at = frames.iter().take_while(waits).count();
+    let found = frames.get(at).is_some_and(|frame| at > 0 || frame.module.is_some());
     found.then_some(Fault {
         frames,
         end,

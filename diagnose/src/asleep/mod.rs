@@ -1,23 +1,26 @@
 //! Tasks that sleep for each other's locks, without any exception: who waits for what, whose it is, and whether that
-//! is a circle, which nobody leaves by himself. Reads only. CPUs that do not get on are `stuck`'s.
+//! is a circle, which nobody leaves by himself. Who sleeps for a driver that is no more is in `stranded.rs`. Reads only.
+//! CPUs that do not get on are `stuck`'s.
 
 mod caught;
 mod queue;
+mod stranded;
 
 use guest::{CodeAddress, GuestVirt, VirtMemory};
 use repair_image::RepairImage;
 use serde::Serialize;
 use thiserror::Error as ThisError;
 
-pub use caught::{NotCaught, caught};
-pub use queue::{Owner, Queued, SleepingLock};
+pub use caught::{NotCaught, Victim, caught};
+pub use queue::{Owner, QueueKind, Queued};
+pub use stranded::{NotStranded, Stranded, stranded};
 
 use crate::code::CodeCache;
 use crate::effects::{self, Around};
 use crate::kernel::Kernel;
 use crate::names::{display, function};
 use crate::tasks::{self, TaskPosition};
-use crate::{Confirmation, Error, Frame, Held, ResourceKind};
+use crate::{Confirmation, CrashClass, Error, Frame, Held, ResourceKind};
 
 /// Functions of the scheduler in which every sleeper stands (kernel/sched/core.c).
 const SCHEDULING: [&str; 3] = ["__schedule", "schedule", "schedule_preempt_disabled"];
@@ -44,7 +47,7 @@ const LOCKING: [&str; 14] = [
 /// Frames that are told of a sleeper.
 const FRAMES_TOLD: usize = 4;
 
-/// A task that sleeps and is not woken by signals.
+/// A task that sleeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sleeper {
     /// The task.
@@ -76,14 +79,26 @@ impl Sleeper {
     }
 }
 
-/// All tasks that sleep so.
+/// All tasks that sleep and are not woken by signals.
 ///
 /// # Errors
 /// As [`tasks::all`]; on a guest that runs, a list that changes meanwhile may look damaged.
 pub fn sleepers(image: &RepairImage, memory: &dyn VirtMemory) -> Result<Vec<Sleeper>, Error> {
+    sleepers_that(image, memory, &TaskPosition::is_uninterruptible)
+}
+
+/// All tasks that do not run and are not about to, and of which this holds.
+///
+/// # Errors
+/// As [`sleepers`].
+pub fn sleepers_that(
+    image: &RepairImage,
+    memory: &dyn VirtMemory,
+    holds: &dyn Fn(&TaskPosition) -> bool,
+) -> Result<Vec<Sleeper>, Error> {
     let kernel = Kernel::of_memory(image, memory);
     let all = tasks::all(image, memory)?.into_iter();
-    all.filter(|task| task.is_uninterruptible() && task.on_cpu.is_none())
+    all.filter(|task| task.state != 0 && task.on_cpu.is_none() && holds(task))
         .map(|task| Sleeper::read(&kernel, task))
         .collect()
 }
@@ -170,7 +185,7 @@ fn waiter(
     else {
         return Err(elsewhere());
     };
-    let kind = SleepingLock::waited_for_in(function(frame)).filter(|_| frame.module.is_none());
+    let kind = QueueKind::waited_for_in(function(frame)).filter(|_| frame.module.is_none());
     let kind = kind.ok_or_else(elsewhere)?;
     let unknown = || NotWaiting::UnknownLock { noun: kind.noun(), place: place(&frames, at) };
     let queued = Queued::find(&kernel, kind, frame, task).ok_or_else(unknown)?;
@@ -306,9 +321,21 @@ impl Circle {
     ///
     /// # Errors
     /// Why none can be.
-    pub fn victim(&self) -> Result<&Waiter, NotCaught> {
-        let first = self.waiters.first();
-        first.filter(|waiter| waiter.can_be_given_up()).ok_or(NotCaught::NobodyToGiveUp)
+    pub fn victim(&self) -> Result<Victim, NotCaught> {
+        let first = self.waiters.first().filter(|waiter| waiter.can_be_given_up());
+        let first = first.ok_or(NotCaught::NobodyToGiveUp)?;
+        let class = match self.waiters.as_slice() {
+            [_] => CrashClass::LockSelfDeadlock,
+            _ => CrashClass::LockCycle,
+        };
+        Ok(Victim {
+            sleeper: first.sleeper.clone(),
+            queued: Some(first.queued),
+            resumes_at: first.resumes_at,
+            preempt_count: first.preempt_count,
+            class,
+            evidence: self.describe(),
+        })
     }
 
     /// One line a waiter.
@@ -354,7 +381,7 @@ mod tests {
         let lock = GuestVirt(LOCKS + number * 0x40);
         Waiter {
             sleeper: Sleeper { position, switches: 7, ran_at: 0 },
-            queued: Queued { kind: SleepingLock::Mutex, lock, entry: GuestVirt(0) },
+            queued: Queued { kind: QueueKind::Mutex, lock, entry: GuestVirt(0) },
             owner,
             reads: Vec::new(),
             driver: Some(("m".to_owned(), "f".to_owned())),

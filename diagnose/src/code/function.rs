@@ -18,6 +18,11 @@ const MAX_PART: u64 = 128 << 10;
 /// Most instructions of one function that are decoded.
 const MAX_OPS: usize = 32 << 10;
 
+/// `endbr64`, with which a function starts that may be called indirectly (kernels with IBT).
+const ENDBR: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+/// The no-operation that stands where ftrace may put a call (arch/x86/include/asm/nops.h: `BYTES_NOP5`).
+const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+
 /// A way out of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Edge {
@@ -87,9 +92,14 @@ impl Part {
 pub(crate) struct Text(Vec<Part>);
 
 impl Text {
-    /// Reads the parts, each up to the first page that is missing.
+    /// Reads the parts, each up to the first page that is missing. The function may have been quarantined since it was
+    /// entered.
     pub(crate) fn read(memory: &dyn VirtMemory, ranges: &[Range<u64>]) -> Self {
-        Self(ranges.iter().map(|range| Part::read(memory, range)).collect())
+        let mut parts: Vec<Part> = ranges.iter().map(|range| Part::read(memory, range)).collect();
+        if let Some(own) = parts.first_mut() {
+            undo_quarantine(&mut own.bytes);
+        }
+        Self(parts)
     }
 
     /// Differs, as good as certainly, when an address or a byte does.
@@ -100,6 +110,16 @@ impl Text {
             part.bytes.hash(&mut hasher);
         }
         hasher.finish()
+    }
+}
+
+/// Puts back what stood at a function's entry before a quarantine made it return at once, `push imm8; pop rax; ret` or
+/// `ret` in the first bytes of the no-operation: whoever is inside came in before.
+fn undo_quarantine(bytes: &mut [u8]) {
+    let skip = if bytes.starts_with(&ENDBR) { ENDBR.len() } else { 0 };
+    let Some(entry) = bytes.get_mut(skip..skip + NOP5.len()) else { return };
+    if matches!(entry, [0x6a, _, 0x58, 0xc3, 0x00] | [0xc3, 0x1f, 0x44, 0x00, 0x00]) {
+        entry.copy_from_slice(&NOP5);
     }
 }
 
@@ -276,5 +296,29 @@ impl Decoder<'_> {
             at = next;
         }
         block
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quarantined_entry_is_read_as_it_was() {
+        let undone = |bytes: &[u8]| {
+            let mut bytes = bytes.to_vec();
+            undo_quarantine(&mut bytes);
+            bytes
+        };
+        let plain = [0x0f, 0x1f, 0x44, 0, 0, 0x55];
+        assert_eq!(undone(&[0x6a, 0xfb, 0x58, 0xc3, 0, 0x55]), plain);
+        assert_eq!(undone(&[0xc3, 0x1f, 0x44, 0, 0, 0x55]), plain);
+        let typed = [ENDBR.as_slice(), &[0x6a, 0xfb, 0x58, 0xc3, 0, 0x55]].concat();
+        assert_eq!(undone(&typed), [ENDBR.as_slice(), &plain].concat());
+        for other in
+            [&plain[..], &[0xe8, 1, 2, 3, 4, 0x55], &[0x6a, 0xfb, 0x58, 0xc3, 0x90], &[0xc3]]
+        {
+            assert_eq!(undone(other), other, "{other:x?}");
+        }
     }
 }

@@ -22,6 +22,28 @@ pub(super) const CASES: &[Case] = &[
         .by("asleep:wait", "asleep,sleeper")
         .waiter_sees(GONE)
         .quarantines(),
+    // No signal wakes these. One holds a mutex of the driver's, another waits for a thread of the driver's that waits.
+    Case::new("asleep-event", LOAD, NullDereference, &[Mutex])
+        .by("asleep:ioctl", "asleep,gate")
+        .waiter_sees(EIO)
+        .quarantines(),
+    Case::new("asleep-killable", LOAD, NullDereference, &[Mutex])
+        .by("asleep:ioctl", "asleep,killable")
+        .waiter_sees(EIO)
+        .quarantines(),
+    Case::new("asleep-completion", LOAD, NullDereference, &[Mutex])
+        .by("asleep:ioctl", "asleep,filled")
+        .waiter_sees(EIO)
+        .quarantines(),
+    Case::new("asleep-semaphore", LOAD, NullDereference, &[Mutex])
+        .by("asleep:ioctl", "asleep,left")
+        .waiter_sees(EIO)
+        .quarantines(),
+    Case::new("asleep-kthread", LOAD, NullDereference, &[Mutex])
+        .by("asleep:ioctl", "asleep,refill")
+        .waiter_sees(EIO)
+        .quarantines()
+        .then(&["exec ! grep -q crash_refill /proc/[0-9]*/comm"]),
     // Who waits for a block of its disk sleeps in the core kernel, for a request that only the driver would end.
     Case::new("disk-dies", "crash_disk", NullDereference, &[])
         .by("asleep:read:/dev/silent", "disk-dies,wait")
