@@ -70,6 +70,8 @@ pub enum CrashClass {
     LockSelfDeadlock,
     /// Tasks sleep for locks that each other hold.
     LockCycle,
+    /// A process takes one page fault again and again: a driver serves it without mapping anything.
+    FaultLoop,
     /// Text of a function that the fault met is not what it was.
     TextCorruption,
     /// A word of read-only data that the fault met is not what it was.

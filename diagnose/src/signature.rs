@@ -99,6 +99,7 @@ fn phrase(class: &CrashClass) -> &str {
         CrashClass::SpinlockCycle => "spinlocks taken in opposite orders",
         CrashClass::LockSelfDeadlock => "lock taken twice by one task",
         CrashClass::LockCycle => "locks taken in opposite orders",
+        CrashClass::FaultLoop => "page fault loop",
         CrashClass::Other { reporter } => reporter,
     }
 }
