@@ -31,6 +31,8 @@ const ON_6_12: &[&str] = &[
     "spinlock-twice",
     "spinlock-abba",
     "mutex-abba",
+    "fault-loop",
+    "fault-loop-syscall",
     "rwsem-read-write",
     "stack-end",
     "task-list",

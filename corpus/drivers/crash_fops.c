@@ -16,19 +16,34 @@
 
 static struct page *frame;              /* what a mapping shows */
 
+static bool never_there;                /* what is touched in a mapping is to be tried again, for ever */
+static bool never_writable;             /* what is written to */
+static bool hesitates;                  /* each page takes three tries, which is no crash */
+static atomic_t tries;
+
 static vm_fault_t area_fault(struct vm_fault *fault)
-{
+{ /* CRASH: fault-loop */
 	if (due("vm-fault"))
 		return READ_ONCE(settings->level); /* CRASH: vm-fault */
+	if (due("fault-loop"))
+		WRITE_ONCE(never_there, true);
+	if (due("hesitate"))
+		WRITE_ONCE(hesitates, true);
+	if (READ_ONCE(never_there) || (READ_ONCE(hesitates) && atomic_inc_return(&tries) % 3))
+		return VM_FAULT_NOPAGE;
 	get_page(frame);
 	fault->page = frame;
 	return 0;
 }
 
 static vm_fault_t area_mkwrite(struct vm_fault *fault)
-{
+{ /* CRASH: mkwrite-loop */
 	if (due("vm-mkwrite"))
 		return READ_ONCE(settings->level); /* CRASH: vm-mkwrite */
+	if (due("mkwrite-loop"))
+		WRITE_ONCE(never_writable, true);
+	if (READ_ONCE(never_writable))
+		return VM_FAULT_NOPAGE;
 	return 0;
 }
 
@@ -42,6 +57,9 @@ static void area_close(struct vm_area_struct *area)
 {
 	if (due("vm-close"))
 		WRITE_ONCE(settings->level, 0); /* CRASH: vm-close */
+	WRITE_ONCE(never_there, false);
+	WRITE_ONCE(never_writable, false);
+	WRITE_ONCE(hesitates, false);
 }
 
 static int area_access(struct vm_area_struct *area, unsigned long at, void *to, int length, int write)

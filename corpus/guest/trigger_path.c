@@ -31,6 +31,7 @@
 #include <sys/uio.h>
 #include <sys/xattr.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 /* Opens the place for reading and writing, or for what is allowed of it. */
@@ -143,6 +144,43 @@ static long path_fault(struct run *r, int fd)
 static long path_mkwrite(struct run *r, int fd)
 {
 	return touch(r, fd, 1);
+}
+
+/*
+ * The kernel reads the mapping for the process. It does so once for a file; for a pipe, what could not be copied is
+ * tried again byte by byte.
+ */
+static long path_fault_write(struct run *r, int fd)
+{
+	void *area = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	int file = open("/", O_TMPFILE | O_RDWR, 0600);
+
+	return area == MAP_FAILED || file < 0 || arm(r) ? -1 : write(file, area, 64);
+}
+
+/*
+ * No crash: for twenty seconds every page of a large mapping is touched, by the program and by the kernel for it, which
+ * mixes what it reads into its random numbers.
+ */
+static long path_sweep(struct run *r, int fd)
+{
+	const size_t size = 64 << 20;
+	volatile char *area = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
+	int sink = open("/dev/urandom", O_WRONLY);
+	time_t end = time(NULL) + 20;
+	long wrong = 0;
+
+	if (area == MAP_FAILED || sink < 0 || arm(r))
+		return -1;
+	while (time(NULL) < end) {
+		for (size_t at = 0; at < size; at += 4096)
+			wrong += area[at];
+		madvise((void *)area, size, MADV_DONTNEED);
+		if (write(sink, (void *)area, size) != (ssize_t)size)
+			return -1;
+		madvise((void *)area, size, MADV_DONTNEED);
+	}
+	return wrong;
 }
 
 /* A second process gets a copy of the mapping. */
@@ -592,6 +630,7 @@ static const struct {
 	{ "close", path_close, NULL },         { "flush", path_flush, NULL },
 	{ "fsync", path_fsync, NULL },         { "fasync", path_fasync, NULL },
 	{ "fault", path_fault, NULL },         { "mkwrite", path_mkwrite, NULL },
+	{ "fault-write", path_fault_write, NULL }, { "sweep", path_sweep, NULL },
 	{ "fork", path_fork, NULL },           { "munmap", path_munmap, NULL },
 	{ "splice", path_splice, NULL },       { "unsplice", path_unsplice, NULL },
 	{ "compat", path_compat, NULL },       { "preadv", path_preadv, NULL },

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use crate::Error;
 use crate::Result;
+use crate::lab::Answer;
 use crate::lab::Snapshot;
 use crate::lab::VmConfig;
 use crate::scenario::Blame;
@@ -93,8 +94,8 @@ fn course(case: &Case, snapshot: &Snapshot, panic_on_oops: bool) -> Result<Cours
     vm.agent().command(&set)?;
     vm.agent().command("workload start")?;
     vm.agent().command(&case.load_command())?;
-    let answered =
-        vm.agent().command_within(&case.crash_command(PROCESS_LIMIT), COURSE_LIMIT).is_ok();
+    let answer = vm.agent().command_within(&case.crash_command(PROCESS_LIMIT), COURSE_LIMIT);
+    let answered = answer.is_ok();
     if vm.wait_exit(if answered { Duration::ZERO } else { END_LIMIT })?.is_some() {
         return Ok(Course::WentDown);
     }
@@ -102,7 +103,9 @@ fn course(case: &Case, snapshot: &Snapshot, panic_on_oops: bool) -> Result<Cours
         let down = vm.wait_exit(Duration::ZERO)?.is_some();
         return Ok(if down { Course::WentDown } else { Course::Hung });
     }
-    let mut damage = None;
+    let waits = |answer: &Answer| answer.field("outcome") == Some("stuck");
+    let waits = answer.is_ok_and(|answer| waits(&answer));
+    let mut damage = waits.then(|| "the process does not come back".to_owned());
     for command in [case.check_command(), "workload verify 5000".to_owned()]
         .into_iter()
         .chain(case.after.iter().map(|&command| command.to_owned()))
@@ -121,7 +124,7 @@ fn course(case: &Case, snapshot: &Snapshot, panic_on_oops: bool) -> Result<Cours
 }
 
 /// Whether a self-check, the workload or a command afterwards tells of no harm.
-fn sound(answer: &crate::lab::Answer) -> bool {
+fn sound(answer: &Answer) -> bool {
     let zero = |field| answer.number(field).map_or(true, |n| n == 0);
     !answer.text().starts_with("bad") && zero("errors") && zero("stalled") && zero("status")
 }

@@ -72,6 +72,8 @@ pub enum CrashClass {
     LockCycle,
     /// A task sleeps in a driver that will never wake it.
     EndlessSleep,
+    /// A process takes one page fault again and again: a driver serves it without mapping anything.
+    FaultLoop,
     /// Text of a function that the fault met is not what it was.
     TextCorruption,
     /// A word of read-only data that the fault met is not what it was.

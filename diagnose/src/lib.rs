@@ -18,6 +18,7 @@ mod error;
 mod explain;
 mod expression;
 mod fault;
+pub mod fault_loop;
 mod hung;
 mod kernel;
 pub mod live_core;

@@ -100,6 +100,7 @@ fn phrase(class: &CrashClass) -> &str {
         CrashClass::LockSelfDeadlock => "lock taken twice by one task",
         CrashClass::LockCycle => "locks taken in opposite orders",
         CrashClass::EndlessSleep => "endless sleep",
+        CrashClass::FaultLoop => "page fault loop",
         CrashClass::Other { reporter } => reporter,
     }
 }

@@ -173,6 +173,7 @@ pub(crate) struct FakeTypes {
     members: HashMap<(String, String), (u64, u64)>,
     pointers: HashMap<(String, u64), (String, String)>,
     sizes: HashMap<String, u64>,
+    values: HashMap<String, i64>,
 }
 
 impl FakeTypes {
@@ -192,6 +193,12 @@ impl FakeTypes {
     /// Adds the size of a structure.
     pub(crate) fn sized(mut self, structure: &str, size: u64) -> Self {
         self.sizes.insert(structure.to_owned(), size);
+        self
+    }
+
+    /// Adds an enumerator.
+    pub(crate) fn valued(mut self, name: &str, value: i64) -> Self {
+        self.values.insert(name.to_owned(), value);
         self
     }
 
@@ -247,8 +254,8 @@ impl Types for FakeTypes {
         self.sizes.get(name).copied()
     }
 
-    fn enumerator(&self, _: &str) -> Option<i64> {
-        None
+    fn enumerator(&self, name: &str) -> Option<i64> {
+        self.values.get(name).copied()
     }
 
     fn prototype(&self, _: &str) -> Option<Prototype> {

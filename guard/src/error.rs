@@ -26,6 +26,9 @@ pub enum Error {
     /// It can't be told how to end the call of a task that sleeps.
     #[error(transparent)]
     NotCaught(diagnose::asleep::NotCaught),
+    /// It can't be told how to end a loop of page faults.
+    #[error(transparent)]
+    NotEnded(diagnose::fault_loop::NotEnded),
     /// The observer could not be told.
     #[error("the guard's events cannot be passed on")]
     Observer(#[from] io::Error),

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::asleep::Asleep;
 use crate::core_file::CoreFiles;
+use crate::fault_loop::FaultLoops;
 use crate::session::Session;
 use crate::stuck::Stuck;
 use crate::watch::Watch;
@@ -48,6 +49,7 @@ pub struct Guard<M: Machine> {
     pub(crate) cores: CoreFiles,
     pub(crate) stuck: Stuck,
     pub(crate) asleep: Asleep,
+    pub(crate) fault_loops: FaultLoops,
     /// The guest stands for our sake: we stopped it, or it waits for our answer to a stop.
     held: bool,
     begun: Instant,
@@ -96,6 +98,7 @@ impl<M: Machine> Guard<M> {
             cores: CoreFiles::default(),
             stuck: Stuck::default(),
             asleep: Asleep::default(),
+            fault_loops: FaultLoops::default(),
             held: false,
             begun: Instant::now(),
             incidents: 0,
@@ -181,6 +184,8 @@ impl<M: Machine> Guard<M> {
             StopReason::Hook(hook) if hook.kind == HookKind::Watched => {
                 if self.is_chasing() {
                     self.on_chased(stop, hook)?;
+                } else if self.fault_loops.is_watching() {
+                    self.on_fault_watched(stop, hook)?;
                 } else {
                     self.on_watched(stop)?;
                 }
@@ -212,11 +217,11 @@ impl<M: Machine> Guard<M> {
             self.session.announce_modules(&mut *self.observer)?;
         }
         self.look_after()?;
-        // Both have one hook more to arm, and one only.
-        if !self.is_chasing() {
+        // All have one hook more to arm, and one only.
+        if !self.is_chasing() && !self.look_at_faults()? {
             self.look_at_progress()?;
         }
-        self.look_at_sleepers()
+        if self.fault_loops.is_watching() { Ok(()) } else { self.look_at_sleepers() }
     }
 
     /// The guest was reset: all that is known of its memory is void until it has booted again.
@@ -224,6 +229,7 @@ impl<M: Machine> Guard<M> {
         self.watch.wait_for_boot();
         self.stuck = Stuck::default();
         self.asleep = Asleep::default();
+        self.fault_loops = FaultLoops::default();
         self.let_go()?;
         self.say("reset", json!({}), "the guest was reset; waiting until it has booted")
     }

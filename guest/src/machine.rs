@@ -58,7 +58,8 @@ pub enum HookKind {
     /// `handle_stack_overflow()`: guard page hit, on the double-fault stack.
     StackOverflow,
     /// A function of a driver whose present call is suspected of never returning: being called again by the same
-    /// task shows that it has. Armed only for as long as it is suspected.
+    /// task shows that it has; or one that is suspected of serving page faults with nothing, and where it returns to.
+    /// Armed only for as long as it is suspected.
     Watched,
     /// No place at all: a guard found out by itself that the vCPU makes no progress. Never armed.
     Stuck,

@@ -35,8 +35,9 @@ pub struct Policy {
     /// Incidents with a `live.core` at most (about 17 MB each): the first of each signature.
     pub live_cores: u32,
     /// Seconds without any progress after which a CPU that does not leave a driver's code is taken for locked
-    /// up; 0: never. A loop that visibly makes headway gets four times as long. Tasks that sleep for each other, or in a
-    /// quarantined driver, are given as long, too.
+    /// up, a process that takes one page fault again and again for one that would go on so, and tasks that sleep for each
+    /// other, or in a quarantined driver, for ones that would never wake; 0: never. A loop that visibly makes headway
+    /// gets four times as long.
     pub lockup_s: u64,
 }
 
@@ -73,8 +74,8 @@ fresh_memory = [\"firmware_tail\", \"hot_add\"]
 return_error_when_quarantine_fails = true
 # Drop a surplus of the preempt count that no lock explains (an overlooked lock would stay locked).
 correct_preempt_count = false
-# Seconds without progress in a driver after which a CPU is locked up (0: never); four times as many where a
-# loop visibly makes headway.
+# Seconds without progress in a driver after which a CPU is locked up, or a process in a loop of page faults (0: never);
+# four times as many where a loop visibly makes headway.
 lockup_s = 5
 # Incidents that get a live.core (about 17 MB), at most; one for each signature.
 live_cores = 16

@@ -47,6 +47,7 @@ pub(crate) fn class(class: Class) -> &'static str {
         Class::SpinlockCycle => "spinlock_cycle",
         Class::LockSelfDeadlock => "lock_self_deadlock",
         Class::LockCycle => "lock_cycle",
+        Class::FaultLoop => "fault_loop",
         Class::DoubleFree => "double_free",
         Class::Fortify => "fortify",
         Class::StackProtector => "stack_protector",

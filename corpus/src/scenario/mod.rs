@@ -45,6 +45,8 @@ pub enum Class {
     LockSelfDeadlock,
     /// Such locks whose holders sleep for each other.
     LockCycle,
+    /// A page fault that is taken again and again.
+    FaultLoop,
     /// The allocator's check for an object freed twice.
     DoubleFree,
     /// The check of the fortified string functions.
