@@ -1,9 +1,11 @@
-//! Frames of those who did not crash: names and lines, without registers.
+//! Frames of those who did not crash: names, lines and variables, without registers.
 
 use guest::GuestVirt;
 use repair_image::{SourceFrame, base_name};
 use serde::Serialize;
 
+use super::Value;
+use super::locals::Locals;
 use crate::{Frame, Trust, UnwindEnd};
 
 /// One frame.
@@ -21,6 +23,9 @@ pub struct Place {
     pub trust: Trust,
     /// Inline chain with file and line, innermost first; empty when not known.
     pub source: Vec<SourceFrame>,
+    /// Its variables, innermost scope first; empty where no debug information is at hand.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub variables: Vec<Value>,
 }
 
 /// Frames, innermost first.
@@ -33,8 +38,12 @@ pub struct Backtrace {
 }
 
 impl Backtrace {
-    pub(super) fn new(frames: &[Frame], end: UnwindEnd) -> Self {
-        Self { frames: frames.iter().map(Place::of).collect(), end }
+    pub(super) fn new(frames: &[Frame], end: UnwindEnd, locals: &Locals<'_>) -> Self {
+        let mut trace = Self { frames: frames.iter().map(Place::of).collect(), end };
+        for (place, variables) in trace.frames.iter_mut().zip(locals.of_stack(frames)) {
+            place.variables = variables;
+        }
+        trace
     }
 }
 
@@ -48,6 +57,7 @@ impl Place {
             module: frame.module.clone(),
             trust: frame.trust,
             source: frame.source.clone(),
+            variables: Vec::new(),
         }
     }
 }
