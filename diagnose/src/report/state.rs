@@ -110,6 +110,9 @@ fn backtrace(part: &Section<Backtrace>, shown: Variables) -> String {
         let _ = writeln!(out, "      ... {more} frames more ...");
     }
     out.push_str(&cut(&format!("      {}", words::end(&trace.end))));
+    if let (Variables::OfAll, Some(why)) = (shown, &trace.left_out) {
+        out.push_str(&cut(&format!("      variables: {why}")));
+    }
     out
 }
 

@@ -21,6 +21,9 @@ const FRAMES_MAX: usize = 64;
 const VARIABLES_MAX: usize = 96;
 /// Variables of all frames but those of the crash together.
 const OTHERS_MAX: usize = 20_000;
+/// Units of the kernel's debug information that are read for stacks other than that of the crash: what is mapped of them
+/// counts as memory of this process.
+const UNITS_MAX: usize = 32;
 /// Calls outward that are asked, for one variable, what they passed on.
 const CALLS_MAX: usize = 16;
 /// Bytes of a string that are shown.
@@ -74,14 +77,21 @@ impl<'a> Locals<'a> {
     }
 
     /// Variables of a stack that did not crash, by frame.
-    pub(super) fn of_stack(&self, frames: &[Frame]) -> Vec<Vec<Value>> {
+    ///
+    /// # Errors
+    /// Why they are not told, if too many have been before.
+    pub(super) fn of_stack(&self, frames: &[Frame]) -> Result<Vec<Vec<Value>>, String> {
+        let units = self.of_kernel.get().and_then(|info| Some(info.as_ref()?.units_read()));
+        if units.is_some_and(|units| units >= UNITS_MAX) || self.left.get() == 0 {
+            return Err("left out, there are too many".to_owned());
+        }
         let of_frame = |index| {
             let mut found = self.of_frame(frames, index).unwrap_or_default();
             found.truncate(self.left.get());
             self.left.set(self.left.get() - found.len());
             found
         };
-        (0..frames.len().min(FRAMES_MAX)).map(of_frame).collect()
+        Ok((0..frames.len().min(FRAMES_MAX)).map(of_frame).collect())
     }
 
     /// Variables of one frame; `None` where no file tells of it.

@@ -79,19 +79,22 @@ pub fn of(sources: &Sources<'_>, cache: &mut CodeCache) -> State {
     let space = image.placement.space(phys);
     let kernel = Kernel::of_memory(image, &space);
     let locals = Locals::new(kernel, sources.debug);
-    let tasks = tasks::all(image, &space);
-    let waiting = match &tasks {
-        Ok(tasks) => Section::Known(waiting::of(&kernel, tasks, &locals, cache)),
-        Err(error) => Section::unknown(error),
-    };
+    // First of all: those of others are left out where there are too many.
+    let variables = variables::of(&kernel, diagnosis, &locals);
     let cpus = vcpus.iter().enumerate().map(|(vcpu, registers)| {
         let crashed = diagnosis.filter(|it| it.vcpu.0 == vcpu && it.class.is_some());
         let kernel = Kernel::new(image, &space, registers);
         cpus::of(&kernel, &locals, registers, vcpu, crashed, cache)
     });
+    let cpus = cpus.collect();
+    let tasks = tasks::all(image, &space);
+    let waiting = match &tasks {
+        Ok(tasks) => Section::Known(waiting::of(&kernel, tasks, &locals, cache)),
+        Err(error) => Section::unknown(error),
+    };
     State {
-        cpus: cpus.collect(),
-        variables: variables::of(&kernel, diagnosis, &locals),
+        cpus,
+        variables,
         waiting,
         pending: pending::of(&kernel, driver(diagnosis)),
         tasks: tasks.map_or_else(|error| Section::unknown(&error), Section::Known),

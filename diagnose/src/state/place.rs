@@ -35,15 +35,20 @@ pub struct Backtrace {
     pub frames: Vec<Place>,
     /// Why there are no more.
     pub end: UnwindEnd,
+    /// Why its variables are not told, if they could be.
+    #[serde(rename = "variables_left_out", skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<String>,
 }
 
 impl Backtrace {
     pub(super) fn new(frames: &[Frame], end: UnwindEnd, locals: &Locals<'_>) -> Self {
-        let mut trace = Self { frames: frames.iter().map(Place::of).collect(), end };
-        for (place, variables) in trace.frames.iter_mut().zip(locals.of_stack(frames)) {
+        let mut frames_told: Vec<Place> = frames.iter().map(Place::of).collect();
+        let variables = locals.of_stack(frames);
+        let left_out = variables.as_ref().err().cloned();
+        for (place, variables) in frames_told.iter_mut().zip(variables.unwrap_or_default()) {
             place.variables = variables;
         }
-        trace
+        Self { frames: frames_told, end, left_out }
     }
 }
 

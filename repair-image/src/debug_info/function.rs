@@ -41,7 +41,10 @@ pub(super) struct ReadUnit<'d> {
 impl<'d> ReadUnit<'d> {
     pub(super) fn read(units: &Units<'d>, at: DebugInfoOffset) -> gimli::Result<Self> {
         let header = units.dwarf.debug_info.header_from_offset(at)?;
-        let mut read = Self { unit: units.dwarf.unit(header)?, functions: Vec::new() };
+        let mut unit = units.dwarf.unit(header)?;
+        // Names of some hundred files, which nobody asks for here.
+        unit.line_program = None;
+        let mut read = Self { unit, functions: Vec::new() };
         // What comes before the damage is kept.
         let _ = read.list_functions(units);
         Ok(read)

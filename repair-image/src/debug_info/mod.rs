@@ -66,6 +66,12 @@ impl<'d> DebugInfo<'d> {
         found
     }
 
+    /// How many units are read and kept: some 0.4 MiB of the file are looked at for each.
+    #[must_use]
+    pub fn units_read(&self) -> usize {
+        self.read.borrow().len()
+    }
+
     fn unit_of(&self, at: LinkAddr) -> Option<Rc<ReadUnit<'d>>> {
         let ranges = self.ranges.get_or_init(|| UnitRanges::of(&self.units.dwarf));
         let offset = ranges.at(at.0)?;
