@@ -193,7 +193,7 @@ pub enum ReportFormat {
 /// Arguments of `defib plan`.
 #[derive(Debug, Args)]
 pub struct PlanArguments {
-    /// ELF vmcore, as written by QEMU's dump-guest-memory.
+    /// A dump in any of the formats that `defib diagnose` reads.
     pub dump: PathBuf,
     /// Knowledge of the kernel in the dump.
     #[command(flatten)]

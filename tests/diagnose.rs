@@ -178,6 +178,20 @@ fn scripts_read_the_same_facts() {
     let variables = at("/state/variables/known").as_array().unwrap().iter();
     let mut names = variables.flat_map(|frame| frame["variables"].as_array().unwrap());
     assert!(names.any(|variable| variable["of"] == "ledger *" && variable["value"].is_string()));
+    // Of the kernel's own frames, too, and of those who wait.
+    let value = |variables: &Value, name: &str| {
+        let mut all = variables.as_array().unwrap().iter();
+        all.find(|it| it["name"] == name).and_then(|it| it["value"].as_str().map(str::to_owned))
+    };
+    let of_crash = at("/state/variables/known").as_array().unwrap();
+    let written = of_crash.iter().find(|frame| frame["function"] == "vfs_write").expect("a frame");
+    let count = "mutex-waited".len().to_string();
+    assert_eq!(value(&written["variables"], "count"), Some(count), "{written}");
+    assert!(value(&written["variables"], "file").is_some_and(|file| file.starts_with("0xffff")));
+    let frames = waiter.pointer("/backtrace/known/frames").and_then(Value::as_array).unwrap();
+    let mut sleeping = frames.iter().filter(|frame| frame["function"] == "__mutex_lock");
+    let locked = sleeping.next().and_then(|frame| value(&frame["variables"], "lock"));
+    assert_eq!(locked.as_deref(), waiter["lock"].as_str(), "the lock by a third way");
     let modules = at("/state/modules").as_array().unwrap();
     assert!(modules.iter().any(|it| it["name"] == "crash_locks" && it["taints"] == "OE"));
     assert!(at("/state/memory/known/total").as_u64().unwrap() > 10_000);

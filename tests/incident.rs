@@ -123,21 +123,7 @@ fn drgn_opens_the_core() {
 fn all_see_the_same_frames() {
     let made = incident();
     let core = made.file("live.core");
-    let modules = made.driver.parent().unwrap();
-    let said = run(
-        env!("CARGO_BIN_EXE_defib"),
-        &[
-            &"diagnose",
-            &core,
-            &"--vmlinux",
-            &made.vmlinux,
-            &"--debug-dir",
-            &modules,
-            &"--format",
-            &"json",
-        ],
-    );
-    let said: Value = serde_json::from_str(&said).unwrap();
+    let said = diagnosed(made);
     let record = fs::read_to_string(made.file("incident.json")).unwrap();
     let record: Value = serde_json::from_str(&record).unwrap();
     for fact in ["/signature", "/title", "/class", "/offender", "/boundary/effects", "/all_effects"]
@@ -164,6 +150,91 @@ fn all_see_the_same_frames() {
     let missing: Vec<_> = shown.filter(|at| !rest.any(|it| it == *at)).collect();
     assert!(missing.is_empty(), "{missing:?} of {ours:?} in {found:?}");
     must_hold(&crash, &["[exception RIP: under_three_locks+"]);
+}
+
+/// What defib says of the core.
+fn diagnosed(made: &Made) -> Value {
+    let (core, modules) = (made.file("live.core"), made.driver.parent().unwrap());
+    let said = run(
+        env!("CARGO_BIN_EXE_defib"),
+        &[
+            &"diagnose",
+            &core,
+            &"--vmlinux",
+            &made.vmlinux,
+            &"--debug-dir",
+            &modules,
+            &"--format",
+            &"json",
+        ],
+    );
+    serde_json::from_str(&said).unwrap()
+}
+
+/// What one of them knows of a variable.
+#[derive(Debug, PartialEq, Eq)]
+struct Known {
+    /// Code address and rbp of its frame.
+    frame: (String, String),
+    name: String,
+    /// Of a structure its address; `None` when it is not known.
+    value: Option<String>,
+}
+
+/// Whatever variable of the crashed stack drgn knows, defib knows, and the same of it.
+#[test]
+fn variables_hold_what_drgn_says() {
+    let made = incident();
+    let said = diagnosed(made);
+    let ours = variables(&said);
+    let theirs: Vec<Known> = drgn(made, VARIABLES).lines().filter_map(of_drgn).collect();
+    let known = |all: &[Known]| all.iter().filter(|it| it.value.is_some()).count();
+    let (of_ours, of_theirs) = (known(&ours), known(&theirs));
+    println!("known: defib {of_ours} of {}, drgn {of_theirs} of {}", ours.len(), theirs.len());
+    assert!(of_ours >= of_theirs && of_theirs > 10, "{theirs:?}");
+    // drgn 0.0.22 gives the interrupted function the rbp of the exception's entry code.
+    let same_frame = |it: &&Known| ours.iter().any(|own| own.frame == it.frame);
+    let known = theirs.iter().filter(|it| it.value.is_some()).filter(same_frame);
+    let missing: Vec<_> = known.filter(|it| !ours.contains(it)).collect();
+    assert!(missing.is_empty(), "{missing:#?} in {ours:#?}");
+
+    let of_crash = said.pointer("/state/variables/known").and_then(Value::as_array).unwrap();
+    let has = |function: &str, name: &str, value: &str| {
+        let mut frames = of_crash.iter().filter(|frame| frame["function"] == function);
+        frames.any(|frame| {
+            let mut own = frame["variables"].as_array().unwrap().iter();
+            own.any(|it| it["name"] == name && it["of"] == value && it["value"].is_string())
+        })
+    };
+    assert!(has("vfs_write", "file", "file *") && has("vfs_write", "count", "size_t"));
+    assert!(has("ksys_write", "buf", "char *") && has("under_three_locks", "l", "ledger *"));
+}
+
+/// A line that [`VARIABLES`] prints.
+fn of_drgn(line: &str) -> Option<Known> {
+    let mut words = line.strip_prefix("VARIABLE ")?.split(' ').map(str::to_owned);
+    let frame = (words.next()?, words.next()?);
+    Some(Known { frame, name: words.next()?, value: words.next().filter(|it| it != "ABSENT") })
+}
+
+/// The variables of the frames of the crash.
+fn variables(said: &Value) -> Vec<Known> {
+    let cpus = said.pointer("/state/cpus").and_then(Value::as_array).unwrap();
+    let crashed = cpus.iter().find(|cpu| cpu["doing"] == "crashed").unwrap();
+    let places = crashed.pointer("/backtrace/known/frames").and_then(Value::as_array).unwrap();
+    let frames = said.pointer("/diagnosis/frames").and_then(Value::as_array).unwrap();
+    assert_eq!(places.len(), frames.len());
+    let text = |of: &Value| of.as_str().map(str::to_owned);
+    let mut found = Vec::new();
+    for (place, frame) in places.iter().zip(frames) {
+        let own = place["variables"].as_array().into_iter().flatten();
+        found.extend(own.map(|variable| Known {
+            frame: (text(&place["pc"]).unwrap(), text(&frame["registers"]["rbp"]).unwrap()),
+            name: text(&variable["name"]).unwrap(),
+            value: text(&variable["value"]).or_else(|| text(&variable["at"])),
+        }));
+    }
+    found
 }
 
 /// Code addresses of the crash's frames, innermost first, and whether each is in a call.
@@ -211,6 +282,36 @@ const FRAMES: &str = "
 for frame in program.crashed_thread().stack_trace():
     if not frame.is_inline and frame.pc >> 63:
         print('FRAME', hex(frame.pc))
+";
+
+/// Variables of the crashed thread's frames, one a line: of the inlined functions, too. Values are written as defib does.
+const VARIABLES: &str = "
+def told(value):
+    kind = drgn.TypeKind
+    of = value.type_
+    while of.kind == kind.TYPEDEF:
+        of = of.type
+    if of.kind in (kind.STRUCT, kind.UNION, kind.ARRAY):
+        return hex(value.address_) if value.address_ is not None else 'PARTS'
+    number = value.value_()
+    if of.kind == kind.POINTER:
+        return hex(number)
+    if of.kind == kind.BOOL:
+        return str(bool(number)).lower()
+    if of.kind == kind.ENUM:
+        return next((name for name, own in of.enumerators if own == number), str(number))
+    return str(number)
+
+for frame in program.crashed_thread().stack_trace():
+    if frame.pc >> 63:
+        for name in frame.locals():
+            try:
+                value = frame[name]
+                said = 'ABSENT' if value.absent_ else told(value)
+            except Exception:
+                said = 'ABSENT'
+            if said != 'PARTS':
+                print('VARIABLE', hex(frame.pc), hex(frame.registers()['rbp']), name, said)
 ";
 
 /// The crashed thread's frames, all tasks, the log.

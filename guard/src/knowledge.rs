@@ -36,6 +36,18 @@ impl KnowledgeSources {
         cache.unwrap_or_else(|| PathBuf::from("/var/cache")).join("defib")
     }
 
+    /// Where the vmlinux of a kernel is: as named, as remembered from the time when its layer was compiled, or found under
+    /// the debug directories. It may have gone since, or be another's.
+    #[must_use]
+    pub fn vmlinux_of(&self, build_id: BuildId) -> Option<PathBuf> {
+        let remembered = || {
+            let path = repair_image::kernel_layer::remembered_vmlinux(&self.layers()?, &build_id)?;
+            path.is_file().then_some(path)
+        };
+        let named = self.vmlinux.clone();
+        named.or_else(remembered).or_else(|| find_vmlinux(&self.debug_dirs, build_id))
+    }
+
     fn layers(&self) -> Option<PathBuf> {
         self.cache.as_ref().map(|cache| cache.join("layers"))
     }

@@ -207,6 +207,29 @@ pub fn cache_path(cache: &Path, build_id: &BuildId) -> PathBuf {
     cache.join(format!("{build_id}.defib"))
 }
 
+/// The vmlinux that the layer of a build id in a cache folder was compiled from, or has last been asked for with. Whether
+/// it is still there, and still that kernel's, is for its reader to see.
+#[must_use]
+pub fn remembered_vmlinux(cache: &Path, build_id: &BuildId) -> Option<PathBuf> {
+    let path = fs::read_to_string(memory_path(cache, build_id)).ok()?;
+    let path = PathBuf::from(path);
+    path.is_absolute().then_some(path)
+}
+
+fn memory_path(cache: &Path, build_id: &BuildId) -> PathBuf {
+    cache.join(format!("{build_id}.vmlinux"))
+}
+
+/// Best effort: a cache that cannot be written is no error, and a path that is no text is not kept.
+fn remember(cache: &Path, build_id: &BuildId, vmlinux: &Path) {
+    let Ok(path) = std::path::absolute(vmlinux) else { return };
+    if let Some(text) = path.to_str()
+        && remembered_vmlinux(cache, build_id).as_deref() != Some(&*path)
+    {
+        let _ = file::write_whole(&memory_path(cache, build_id), text.as_bytes());
+    }
+}
+
 /// Build id of an ELF file, from its headers and notes only.
 ///
 /// # Errors
@@ -232,12 +255,16 @@ pub fn cached(vmlinux: &Path, cache: &Path, threads: usize) -> Result<KernelLaye
     if let Ok(layer) = KernelLayer::open(&path)
         && layer.build_id() == build_id
     {
+        remember(cache, &build_id, vmlinux);
         return Ok(layer);
     }
     let layer = compile::vmlinux(vmlinux, threads)?;
     let written = fs::create_dir_all(cache).map_err(|source| Error::io(cache, source));
     match written.and_then(|()| layer.write(&path)).and_then(|()| KernelLayer::open(&path)) {
-        Ok(mapped) => Ok(mapped),
+        Ok(mapped) => {
+            remember(cache, &build_id, vmlinux);
+            Ok(mapped)
+        }
         Err(_) => Ok(layer),
     }
 }

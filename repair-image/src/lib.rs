@@ -8,6 +8,7 @@ pub mod cfi;
 pub mod compile;
 mod damage;
 mod debug_files;
+mod debug_info;
 mod draft;
 mod error;
 mod file;
@@ -41,6 +42,10 @@ pub use btf::Btf;
 pub use build_id::{BuildId, ParseBuildIdError};
 pub use damage::{Comparison, Damage, compare, compare_within};
 pub use debug_files::{DebugFiles, ModuleFile, Search, build_id_path};
+pub use debug_info::{
+    Absent, Argument, DebugFile, DebugInfo, FrameState, FrameVariable, Held, InForce, ValueKind,
+    ValueType,
+};
 pub use error::Error;
 pub use guest_layer::{
     Gate, GuestLayer, KernelFacts, KernelText, PageHashes, PageKind, without_files,

@@ -9,7 +9,7 @@ use guard::KnowledgeSources;
 use guest::Machine;
 use quarantine::Policy;
 
-use crate::offline::{Crash, Scene};
+use crate::offline::{AtHand, Crash, Scene};
 
 /// What a dump tells.
 pub struct OfDump {
@@ -52,12 +52,14 @@ impl OfDump {
         let scene = Scene::of(&mut dump, sources)?;
         let mut cache = CodeCache::default();
         let crash = scene.crash(&dump, policy, &mut cache);
+        let debug = AtHand::of(&scene.learned, sources, &scene.files);
         let sources = Sources {
             image: &scene.image,
             phys: dump.phys(),
             vcpus: &scene.vcpus,
             modules: &scene.learned.layer.modules,
             diagnosis: crash.as_ref().map(|crash| &crash.diagnosis),
+            debug: Some(&debug),
         };
         let state = state::of(&sources, &mut cache);
         let reports = state.log.known().map(|log| console::read(log.text().as_bytes()));

@@ -1,6 +1,6 @@
 //! A finding as one HTML page. How it looks is `diagnose::report`'s.
 
-use diagnose::report::{self, Page, Step, Verdict};
+use diagnose::report::{self, Page, Step, Variables, Verdict};
 
 use super::Finding;
 use super::dump::OfDump;
@@ -42,7 +42,7 @@ fn of_dump(dump: &OfDump) -> String {
         }
         None => page.summary = no_crash(dump),
     }
-    page.texts = report::sections(&dump.state);
+    page.texts = report::sections(&dump.state, Variables::OfAll);
     report::html(&page)
 }
 

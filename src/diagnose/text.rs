@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use diagnose::console::{Frame, Report};
-use diagnose::report;
+use diagnose::report::{self, Variables};
 
 use super::Finding;
 use super::dump::OfDump;
@@ -42,7 +42,7 @@ fn of_dump(dump: &OfDump) -> String {
             indented(&crash.plan.to_string())
         );
     }
-    for (title, text) in report::sections(&dump.state) {
+    for (title, text) in report::sections(&dump.state, Variables::OfTheCrash) {
         let _ = write!(out, "\n{title}\n{text}");
     }
     let _ = write!(out, "\nSource\n{}", facts(&dump.facts()));

@@ -34,6 +34,8 @@ pub struct Scene {
     pub release: Option<String>,
     /// What is odd about the dump; debug files of modules that were not used, and why.
     pub remarks: Vec<String>,
+    /// Debug files of modules that are to be found.
+    pub files: DebugFiles,
 }
 
 impl Scene {
@@ -51,7 +53,8 @@ impl Scene {
             .context("registers")?;
         let release = release(core, &learned.layer.banner);
         let remarks = core.remarks().iter().map(ToString::to_string).collect();
-        let mut scene = Self { learned, image, vcpus, release, remarks };
+        let files = DebugFiles::new(&knowledge.debug_dirs);
+        let mut scene = Self { learned, image, vcpus, release, remarks, files };
         let refused = scene.learn_modules(&knowledge.debug_dirs);
         scene.remarks.extend(refused);
         Ok(scene)
@@ -63,7 +66,7 @@ impl Scene {
             return Vec::new();
         }
         let facts = &self.learned.kernel.facts;
-        let report = self.learned.layer.load_debug_files(facts, &DebugFiles::new(debug_dirs));
+        let report = self.learned.layer.load_debug_files(facts, &self.files);
         self.image = RepairImage::assemble(facts, &self.learned.layer);
         let refused = report.into_iter().flat_map(|(_, search)| search.refused);
         refused.map(|(path, error)| format!("{} is not used: {error}", path.display())).collect()

@@ -11,5 +11,5 @@ mod words;
 
 pub use html::html;
 pub use page::{InstructionLine, Moment, Page, Source, Step, Verdict, Write};
-pub use state::sections;
+pub use state::{Variables, sections};
 pub use text::text;

@@ -6,8 +6,8 @@ use repair_image::SourceFrame;
 
 use super::words;
 use crate::state::{
-    Backtrace, Blocked, Cpu, Doing, FrameVariables, KernelLog, Lock, LockKind, Memory, ModuleInfo,
-    Pending, PendingKind, Place, Section, State, Waiting, Who,
+    Backtrace, Blocked, Content, Cpu, Doing, FrameVariables, KernelLog, Lock, LockKind, Memory,
+    ModuleInfo, Pending, PendingKind, Place, Section, State, Value, Waiting, Who,
 };
 use crate::tasks::TaskPosition;
 
@@ -17,21 +17,32 @@ const WIDTH: usize = 120;
 const FRAMES_SHOWN: usize = 32;
 /// Tasks that are shown.
 const TASKS_SHOWN: usize = 2000;
+/// Numbers from this on may be sets of bits.
+const BITS_FROM: u64 = 4096;
 /// `PAGE_SIZE` of x86, in KiB.
 const PAGE_KIB: u64 = 4;
 
+/// Which frames are shown with their variables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variables {
+    /// Those of the crash: what is read first, in a terminal, must not drown in the rest.
+    OfTheCrash,
+    /// All.
+    OfAll,
+}
+
 /// The state in parts: title and text, no line wider than 120 columns.
 #[must_use]
-pub fn sections(state: &State) -> Vec<(String, String)> {
+pub fn sections(state: &State, shown: Variables) -> Vec<(String, String)> {
     let modules = section("Modules", Some(&state.modules), |modules| modules_text(modules));
     let cpus = match state.cpus.as_slice() {
         [] => ("CPUs".to_owned(), "  unknown: no registers are in the dump\n".to_owned()),
-        all => ("CPUs".to_owned(), all.iter().map(cpu).collect()),
+        all => ("CPUs".to_owned(), all.iter().map(|it| cpu(it, shown)).collect()),
     };
     vec![
-        of("Pointers and structures in the frames", &state.variables, |it| variables(it)),
+        of("Parameters and variables of the frames", &state.variables, |it| variables(it)),
         cpus,
-        of("Blocked tasks", &state.waiting, waiting),
+        of("Blocked tasks", &state.waiting, |it| waiting(it, shown)),
         of("Locks that blocked tasks wait for", &state.waiting, locks),
         of("Pending calls into the driver", &state.pending, |it| pending(it)),
         of("Memory", &state.memory, memory),
@@ -64,7 +75,7 @@ fn cut(line: &str) -> String {
     format!("{start}...\n")
 }
 
-fn cpu(cpu: &Cpu) -> String {
+fn cpu(cpu: &Cpu, shown: Variables) -> String {
     let number = cpu.cpu.map_or_else(|| "?".to_owned(), |number| number.to_string());
     let task = match &cpu.task {
         Section::Known(task) => format!("{} (pid {})", task.comm, task.pid),
@@ -80,21 +91,28 @@ fn cpu(cpu: &Cpu) -> String {
     let mut out = cut(&format!("  CPU {number} (vCPU {}): {doing}, {task}", cpu.vcpu));
     out.push_str(&match (&cpu.backtrace, cpu.doing) {
         (_, Doing::Crashed) => "      its frames are those of the crash\n".to_owned(),
-        (part, _) => backtrace(part),
+        (part, _) => backtrace(part, shown),
     });
     out
 }
 
-fn backtrace(part: &Section<Backtrace>) -> String {
+fn backtrace(part: &Section<Backtrace>, shown: Variables) -> String {
     let trace = match part {
         Section::Known(trace) => trace,
         Section::Unknown(why) => return cut(&format!("      frames unknown: {why}")),
     };
-    let mut out: String = trace.frames.iter().take(FRAMES_SHOWN).map(frame).collect();
+    let with_variables = |place: &Place| match shown {
+        Variables::OfTheCrash => frame(place),
+        Variables::OfAll => frame(place) + &values(&place.variables, 10),
+    };
+    let mut out: String = trace.frames.iter().take(FRAMES_SHOWN).map(with_variables).collect();
     if let Some(more) = trace.frames.len().checked_sub(FRAMES_SHOWN).filter(|&more| more > 0) {
         let _ = writeln!(out, "      ... {more} frames more ...");
     }
     out.push_str(&cut(&format!("      {}", words::end(&trace.end))));
+    if let (Variables::OfAll, Some(why)) = (shown, &trace.left_out) {
+        out.push_str(&cut(&format!("      variables: {why}")));
+    }
     out
 }
 
@@ -120,27 +138,61 @@ fn frame(place: &Place) -> String {
 }
 
 fn variables(frames: &[FrameVariables]) -> String {
+    let one = |frame: &FrameVariables| {
+        let name = frame.function.as_ref().map(|name| format!(", {name}")).unwrap_or_default();
+        format!("  frame {}{name}\n{}", frame.frame, values(&frame.variables, 6))
+    };
+    frames.iter().map(one).collect()
+}
+
+/// One line for each that is known, and one for the names of all others.
+fn values(variables: &[Value], indent: usize) -> String {
     let mut out = String::new();
-    for frame in frames {
-        let _ = writeln!(out, "  frame {}", frame.frame);
-        for variable in &frame.variables {
-            let value = match (variable.value, variable.at) {
-                (Some(value), _) => format!("{value:#x}"),
-                (None, Some(at)) => format!("at {at:#x}"),
-                (None, None) => "unknown: overwritten by then".to_owned(),
-            };
-            let _ = writeln!(out, "      {:<28} {} = {value}", variable.of, variable.name);
+    let mut inlined = None;
+    for variable in variables {
+        let value = match (&variable.value, variable.at) {
+            (Some(value), _) => told(value),
+            (None, Some(at)) => format!("at {at:#x}"),
+            (None, None) => continue,
+        };
+        let text = variable.text.as_ref().map(|text| format!(" \"{text}\"")).unwrap_or_default();
+        if inlined != variable.inlined.as_deref() {
+            inlined = variable.inlined.as_deref();
+            let scope =
+                inlined.map_or("the function itself:".to_owned(), |it| format!("{it} (inlined):"));
+            out.push_str(&cut(&format!("{:indent$}{scope}", "")));
+        }
+        let Value { of, name, .. } = variable;
+        out.push_str(&cut(&format!("{:indent$}{of:<28} {name} = {value}{text}", "")));
+    }
+    let unknown = |variable: &&Value| variable.value.is_none() && variable.at.is_none();
+    let mut names: Vec<&str> = Vec::new();
+    for variable in variables.iter().filter(unknown) {
+        if !names.contains(&variable.name.as_str()) {
+            names.push(&variable.name);
         }
     }
+    if !names.is_empty() {
+        let names = names.join(", ");
+        out.push_str(&cut(&format!("{:indent$}overwritten or nowhere: {names}", "")));
+    }
     out
+}
+
+/// Large numbers are often sets of bits: they are told in both ways.
+fn told(value: &Content) -> String {
+    match value {
+        Content::Unsigned(number) if *number >= BITS_FROM => format!("{number} ({number:#x})"),
+        other => other.to_string(),
+    }
 }
 
 fn who(who: &Who) -> String {
     format!("{} (pid {})", who.comm, who.pid)
 }
 
-fn waiting(waiting: &Waiting) -> String {
-    let mut out: String = waiting.blocked.iter().map(blocked).collect();
+fn waiting(waiting: &Waiting, shown: Variables) -> String {
+    let mut out: String = waiting.blocked.iter().map(|it| blocked(it, shown)).collect();
     if waiting.more > 0 {
         let _ = writeln!(out, "  and {} more", waiting.more);
     }
@@ -151,10 +203,10 @@ fn waiting(waiting: &Waiting) -> String {
     out
 }
 
-fn blocked(blocked: &Blocked) -> String {
+fn blocked(blocked: &Blocked, shown: Variables) -> String {
     let lock = blocked.lock.map(|at| format!(", waits for the lock at {at:#x}"));
     let mut out = format!("  {}{}\n", who(&blocked.task), lock.unwrap_or_default());
-    out.push_str(&backtrace(&blocked.backtrace));
+    out.push_str(&backtrace(&blocked.backtrace, shown));
     out
 }
 
@@ -278,7 +330,10 @@ mod tests {
     }
 
     fn text(state: &State) -> String {
-        sections(state).into_iter().map(|(title, text)| title + "\n" + &text).collect()
+        sections(state, Variables::OfAll)
+            .into_iter()
+            .map(|(title, text)| title + "\n" + &text)
+            .collect()
     }
 
     #[test]
@@ -295,7 +350,36 @@ mod tests {
     fn a_deadlock_is_a_closed_sentence() {
         let who = |pid| Who { task: GuestVirt(1), pid, comm: format!("t{pid}") };
         let circle = Waiting { deadlocks: vec![vec![who(3), who(5)]], ..Waiting::default() };
-        let said = waiting(&circle);
+        let said = waiting(&circle, Variables::OfTheCrash);
         assert!(said.contains("t3 (pid 3) waits for t5 (pid 5) waits for t3 (pid 3)"), "{said}");
+    }
+
+    #[test]
+    fn variables_are_told_by_scope_and_the_lost_ones_by_name() {
+        let value = |name: &str, inlined: Option<&str>, value| Value {
+            name: name.to_owned(),
+            of: "int".to_owned(),
+            inlined: inlined.map(str::to_owned),
+            at: None,
+            value,
+            text: None,
+            absent: None,
+        };
+        let said = values(
+            &[
+                value("a", Some("inner"), Some(Content::Signed(-9))),
+                value("b", None, Some(Content::Unsigned(0x1_0000))),
+                value("c", None, None),
+                value("c", None, None),
+            ],
+            2,
+        );
+        let lines: Vec<_> = said.lines().map(str::trim).collect();
+        assert_eq!((lines[0], lines[2]), ("inner (inlined):", "the function itself:"), "{said}");
+        assert!(
+            lines[1].ends_with("a = -9") && lines[3].ends_with("b = 65536 (0x10000)"),
+            "{said}"
+        );
+        assert_eq!(lines[4], "overwritten or nowhere: c");
     }
 }

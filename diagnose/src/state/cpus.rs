@@ -3,6 +3,7 @@
 use guest::{Reg, Registers};
 use serde::Serialize;
 
+use super::locals::Locals;
 use super::{Backtrace, Section};
 use crate::code::CodeCache;
 use crate::kernel::Kernel;
@@ -44,6 +45,7 @@ pub struct Cpu {
 
 pub(super) fn of(
     kernel: &Kernel<'_>,
+    locals: &Locals<'_>,
     registers: &Registers,
     vcpu: usize,
     crashed: Option<&Diagnosis>,
@@ -70,8 +72,11 @@ pub(super) fn of(
         },
         preempt_count: found.preempt_count,
         backtrace: match crashed {
-            Some(it) => Section::Known(Backtrace::new(&it.frames, it.unwind_end.clone())),
-            None => backtrace(kernel, registers, user, cache),
+            Some(it) => {
+                let end = it.unwind_end.clone();
+                Section::Known(Backtrace::new(&it.frames, end, locals))
+            }
+            None => backtrace(kernel, locals, registers, user, cache),
         },
     }
 }
@@ -84,6 +89,7 @@ fn in_user_mode(registers: &Registers) -> Option<bool> {
 
 fn backtrace(
     kernel: &Kernel<'_>,
+    locals: &Locals<'_>,
     registers: &Registers,
     user: Option<bool>,
     cache: &mut CodeCache,
@@ -95,7 +101,7 @@ fn backtrace(
         return Section::Unknown("its registers are not in the dump".to_owned());
     };
     let (frames, end) = unwind::walk(kernel.image, kernel.memory, cache, &start, Limits::default());
-    Section::Known(Backtrace::new(&frames, end))
+    Section::Known(Backtrace::new(&frames, end, locals))
 }
 
 #[cfg(test)]
@@ -112,7 +118,8 @@ mod tests {
         let space = guest.machine.space();
         let look = |registers: Registers| {
             let kernel = Kernel::new(&image, &space, &registers);
-            of(&kernel, &registers, 3, None, &mut CodeCache::default())
+            let locals = Locals::new(kernel, None);
+            of(&kernel, &locals, &registers, 3, None, &mut CodeCache::default())
         };
         let user = Registers::unknown()
             .with(Reg::Rip, 0x40_0000)

@@ -3,6 +3,7 @@
 
 mod cpus;
 mod kernel_log;
+mod locals;
 mod memory;
 mod modules;
 mod pending;
@@ -17,13 +18,16 @@ use serde::Serialize;
 
 pub use cpus::{Cpu, Doing};
 pub use kernel_log::{KernelLog, Record, newest};
+pub use locals::DebugFiles;
 pub use memory::Memory;
 pub use modules::ModuleInfo;
 pub use pending::{Pending, PendingKind};
 pub use place::{Backtrace, Place};
 pub use section::Section;
-pub use variables::{FrameVariables, Value};
+pub use variables::{Content, FrameVariables, Value};
 pub use waiting::{Blocked, Lock, LockKind, Waiting, Who};
+
+use locals::Locals;
 
 use crate::code::CodeCache;
 use crate::kernel::Kernel;
@@ -63,6 +67,8 @@ pub struct Sources<'a> {
     pub modules: &'a [LoadedModule],
     /// The diagnosis of its crash, if there is one.
     pub diagnosis: Option<&'a Diagnosis>,
+    /// Files with debug information, where they are at hand: variables of frames are read from them.
+    pub debug: Option<&'a dyn DebugFiles>,
 }
 
 /// Reads the state. What can't be read says so; there is no error.
@@ -72,18 +78,23 @@ pub fn of(sources: &Sources<'_>, cache: &mut CodeCache) -> State {
     cache.look_again();
     let space = image.placement.space(phys);
     let kernel = Kernel::of_memory(image, &space);
-    let tasks = tasks::all(image, &space);
-    let waiting = match &tasks {
-        Ok(tasks) => Section::Known(waiting::of(&kernel, tasks, cache)),
-        Err(error) => Section::unknown(error),
-    };
+    let locals = Locals::new(kernel, sources.debug);
+    // First of all: those of others are left out where there are too many.
+    let variables = variables::of(&kernel, diagnosis, &locals);
     let cpus = vcpus.iter().enumerate().map(|(vcpu, registers)| {
         let crashed = diagnosis.filter(|it| it.vcpu.0 == vcpu && it.class.is_some());
-        cpus::of(&Kernel::new(image, &space, registers), registers, vcpu, crashed, cache)
+        let kernel = Kernel::new(image, &space, registers);
+        cpus::of(&kernel, &locals, registers, vcpu, crashed, cache)
     });
+    let cpus = cpus.collect();
+    let tasks = tasks::all(image, &space);
+    let waiting = match &tasks {
+        Ok(tasks) => Section::Known(waiting::of(&kernel, tasks, &locals, cache)),
+        Err(error) => Section::unknown(error),
+    };
     State {
-        cpus: cpus.collect(),
-        variables: variables::of(&kernel, diagnosis),
+        cpus,
+        variables,
         waiting,
         pending: pending::of(&kernel, driver(diagnosis)),
         tasks: tasks.map_or_else(|error| Section::unknown(&error), Section::Known),

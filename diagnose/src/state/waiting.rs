@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use guest::GuestVirt;
 use serde::Serialize;
 
+use super::locals::Locals;
 use super::{Backtrace, Section};
 use crate::code::CodeCache;
 use crate::kernel::Kernel;
@@ -131,7 +132,12 @@ const READER_OWNED: u64 = 1;
 
 type Known<'a> = HashMap<GuestVirt, &'a TaskPosition>;
 
-pub(super) fn of(kernel: &Kernel<'_>, tasks: &[TaskPosition], cache: &mut CodeCache) -> Waiting {
+pub(super) fn of(
+    kernel: &Kernel<'_>,
+    tasks: &[TaskPosition],
+    locals: &Locals<'_>,
+    cache: &mut CodeCache,
+) -> Waiting {
     let known: Known<'_> = tasks.iter().map(|task| (task.task, task)).collect();
     let sleepers = || tasks.iter().filter(|it| it.is_uninterruptible() && it.on_cpu.is_none());
     let mut waiting = Waiting::default();
@@ -139,7 +145,7 @@ pub(super) fn of(kernel: &Kernel<'_>, tasks: &[TaskPosition], cache: &mut CodeCa
         let found = tasks::frames_of_sleeping(kernel.image, kernel.memory, task, cache);
         let frames = found.as_ref().map(|(frames, _)| frames.as_slice()).unwrap_or_default();
         let lock = awaited(kernel, task, frames, &known);
-        let backtrace = found.map(|(frames, end)| Backtrace::new(&frames, end)).into();
+        let backtrace = found.map(|(frames, end)| Backtrace::new(&frames, end, locals)).into();
         let at = lock.as_ref().map(|lock| lock.at);
         if let Some(lock) = lock.filter(|lock| waiting.locks.iter().all(|it| it.at != lock.at)) {
             waiting.locks.push(lock);

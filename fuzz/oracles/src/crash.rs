@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
+use diagnose::report::Variables;
 use diagnose::state::{self, Sources};
 use diagnose::unwind::{Limits, Start, walk};
 use diagnose::{CodeCache, Diagnosis, Frame, FrameEffects, Trust, code, diagnose, report, tasks};
@@ -153,10 +154,11 @@ fn told(scene: &Scene, diagnosis: Option<&Diagnosis>) {
         vcpus: &[scene.registers],
         modules: &[],
         diagnosis,
+        debug: None,
     };
     let state = state::of(&sources, &mut CodeCache::new());
     assert_eq!(state.cpus.len(), 1);
-    for (title, text) in report::sections(&state) {
+    for (title, text) in report::sections(&state, Variables::OfAll) {
         fit_for_terminal(&title);
         fit_for_terminal(&text);
     }

@@ -1,8 +1,9 @@
 //! What must hold of files: a module's object, a dump of any format.
 
 use diagnose::dump::{Dump, FormatKind, Hints};
-use guest::{GuestPhys, GuestVirt, LinkAddr, Machine, MemoryError, Vcpu};
-use repair_image::{OrcLayout, Vmcoreinfo, compile};
+use guest::fake::FakeMachine;
+use guest::{GuestPhys, GuestVirt, LinkAddr, Machine, MemoryError, Reg, Registers, Vcpu};
+use repair_image::{Argument, DebugFile, DebugInfo, FrameState, OrcLayout, Vmcoreinfo, compile};
 
 /// Where sections of a module are placed, guest-virtual, 64 KiB apart.
 const MODULE: u64 = 0xffff_ffff_c000_0000;
@@ -20,6 +21,12 @@ pub fn module_object(data: &[u8]) {
         places.map(|(index, name)| (name.to_owned(), GuestVirt(MODULE + (index << 16)))).collect();
     let Ok(knowledge) = compile::module(data, &places, Some(OrcLayout::V6_4)) else { return };
     assert!(knowledge.symbols().is_sorted_by_key(|symbol| symbol.at));
+    if let Ok(file) = DebugFile::module(data, &places) {
+        let info = file.info().expect("sections that were relocated");
+        for symbol in knowledge.functions().take(16) {
+            in_force(&info, LinkAddr(symbol.at.0.wrapping_add(symbol.size / 2)));
+        }
+    }
     for symbol in knowledge.functions().take(64) {
         for at in [symbol.at, LinkAddr(symbol.at.0.wrapping_add(symbol.size / 2))] {
             let chain = knowledge.source(at);
@@ -30,6 +37,30 @@ pub fn module_object(data: &[u8]) {
         if let Some(prototype) = knowledge.prototype(symbol.name) {
             assert!(prototype.parameters.len() <= 255);
         }
+    }
+}
+
+/// Variables at an address are few, and each holds something or the reason is told, the same each time.
+fn in_force(info: &DebugInfo<'_>, at: LinkAddr) {
+    let Some(found) = info.at(at) else { return };
+    assert!(found.variables.len() <= 512);
+    let machine = FakeMachine::new(1 << 16, false);
+    let (registers, memory) = (Registers::unknown().with(Reg::Rbp, MODULE), machine.space());
+    let state = FrameState {
+        registers: &registers,
+        cfa: Some(GuestVirt(MODULE)),
+        memory: &memory,
+        slide: 0,
+        passed: &|argument| (argument == Argument::In(Reg::Rdi)).then_some(MODULE),
+    };
+    for variable in &found.variables {
+        let held = info.held(&found, variable, &state);
+        assert_eq!(held, info.held(&found, variable, &state));
+        let _ = info.enumerator(&found, variable, 1);
+    }
+    if let Some(function) = found.function {
+        let _ =
+            info.passed(LinkAddr(at.0.wrapping_add(1)), function, Argument::In(Reg::Rdi), &state);
     }
 }
 

@@ -9,9 +9,9 @@ use object::{LittleEndian, Object, ObjectSection, ObjectSymbol, SectionFlags, Sy
 use crate::draft::DraftSymbol;
 use crate::{BuildId, Error, SymbolKind};
 
-pub(super) type Elf<'d> = ElfFile64<'d, LittleEndian, &'d [u8]>;
+pub(crate) type Elf<'d> = ElfFile64<'d, LittleEndian, &'d [u8]>;
 
-pub(super) fn parse<'d>(bytes: &'d [u8], what: &'static str) -> Result<Elf<'d>, Error> {
+pub(crate) fn parse<'d>(bytes: &'d [u8], what: &'static str) -> Result<Elf<'d>, Error> {
     ElfFile64::parse(bytes).map_err(|source| Error::Elf { what, source })
 }
 
@@ -22,7 +22,7 @@ pub(super) fn data<'d>(elf: &Elf<'d>, name: &'static str) -> Result<&'d [u8], Er
 }
 
 /// Data and link address of a section that must be there.
-pub(super) fn needed<'d>(elf: &Elf<'d>, name: &'static str) -> Result<(&'d [u8], u64), Error> {
+pub(crate) fn needed<'d>(elf: &Elf<'d>, name: &'static str) -> Result<(&'d [u8], u64), Error> {
     let section = elf.section_by_name(name).ok_or(Error::MissingSection { section: name })?;
     let data = section.data().map_err(|source| Error::Elf { what: name, source })?;
     Ok((data, section.address()))
@@ -40,7 +40,7 @@ pub(super) fn code_ranges(elf: &Elf<'_>) -> Vec<Range<u64>> {
 }
 
 /// The build id in the notes of the file.
-pub(super) fn build_id(elf: &Elf<'_>) -> Option<BuildId> {
+pub(crate) fn build_id(elf: &Elf<'_>) -> Option<BuildId> {
     BuildId::new(elf.build_id().ok()??)
 }
 

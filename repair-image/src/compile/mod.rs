@@ -1,23 +1,23 @@
 //! DWARF, ORC, BTF and symbol tables of an object file, turned into knowledge, ahead of any crash. What is done with
 //! the knowledge is elsewhere.
 
-mod elf;
+pub(crate) mod elf;
 mod layouts;
 mod lines;
 mod module;
-mod relocate;
-mod scopes;
-mod types;
-mod units;
+pub(crate) mod relocate;
+pub(crate) mod scopes;
+pub(crate) mod types;
+pub(crate) mod units;
 mod unwind;
-mod variables;
+pub(crate) mod variables;
 mod vmlinux;
 
 pub use module::module;
-pub(crate) use vmlinux::Compiled;
 pub use vmlinux::vmlinux;
+pub(crate) use vmlinux::{Compiled, dwarf as linked_dwarf};
 
 use gimli::{EndianSlice, LittleEndian};
 
 /// How DWARF sections are read: in place.
-type Slice<'d> = EndianSlice<'d, LittleEndian>;
+pub(crate) type Slice<'d> = EndianSlice<'d, LittleEndian>;

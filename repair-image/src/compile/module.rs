@@ -1,14 +1,11 @@
 //! A module's file with debug information -> knowledge at the addresses where the module lies in the guest.
 
-use std::collections::HashMap;
-
-use gimli::{Dwarf, EndianSlice, LittleEndian, SectionId};
 use guest::GuestVirt;
 use object::read::elf::ElfSection64;
 use object::{Object, ObjectSection};
 
 use super::elf;
-use super::relocate::{self, Places};
+use super::relocate;
 use super::units::{self, Units};
 use super::unwind::Tables;
 use super::variables;
@@ -28,12 +25,7 @@ pub fn module(
     layout: Option<OrcLayout>,
 ) -> Result<Knowledge, Error> {
     let elf = elf::parse(ko, "module")?;
-    let placed: HashMap<&str, u64> =
-        sections.iter().map(|(name, at)| (name.as_str(), at.0)).collect();
-    let places: Places = elf
-        .sections()
-        .filter_map(|section| Some((section.index(), *placed.get(section.name().ok()?)?)))
-        .collect();
+    let places = relocate::places(&elf, sections);
     let range = |section: &ElfSection64<'_, '_, object::LittleEndian, &[u8]>| {
         let at = *places.get(&section.index())?;
         Some(at..at.checked_add(section.size())?)
@@ -42,16 +34,8 @@ pub fn module(
     let code = elf.sections().filter(|section| elf::is_code(section.flags()));
     let text: Vec<_> = code.filter_map(|section| range(&section)).collect();
 
-    let mut loaded: HashMap<SectionId, Vec<u8>> = HashMap::new();
-    Dwarf::load(|id| {
-        loaded.insert(id, relocate::data(&elf, &places, id.name())?);
-        Ok::<_, Error>(())
-    })?;
-    let dwarf = Dwarf::load(|id| {
-        let data = loaded.get(&id).map_or(&[][..], Vec::as_slice);
-        Ok::<_, Error>(EndianSlice::new(data, LittleEndian))
-    })?;
-    let units = Units::new(dwarf)?;
+    let loaded = relocate::debug_sections(&elf, &places)?;
+    let units = Units::new(relocate::dwarf(&loaded))?;
     let gathered = units::gather(&units, &text, &|_| true);
 
     let orc_ip = relocate::data(&elf, &places, ".orc_unwind_ip")?;

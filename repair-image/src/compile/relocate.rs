@@ -2,17 +2,56 @@
 //! knowledge is made of, only the types that compilers use in them.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 
+use gimli::{Dwarf, EndianSlice, SectionId};
+use guest::GuestVirt;
 use object::elf::{R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PLT32};
+use object::read::elf::ElfSection64;
 use object::{
-    Object, ObjectSection, ObjectSymbol, RelocationFlags, RelocationTarget, SectionIndex,
+    LittleEndian, Object, ObjectSection, ObjectSymbol, RelocationFlags, RelocationTarget,
+    SectionIndex,
 };
 
+use super::Slice;
 use super::elf::Elf;
 use crate::Error;
 
 /// Where a module's sections lie at run time; `None` for those that are not loaded.
-pub(super) type Places = HashMap<SectionIndex, u64>;
+pub(crate) type Places = HashMap<SectionIndex, u64>;
+
+/// The places of sections that the guest tells by name.
+pub(crate) fn places(elf: &Elf<'_>, sections: &[(String, GuestVirt)]) -> Places {
+    let placed: HashMap<&str, u64> =
+        sections.iter().map(|(name, at)| (name.as_str(), at.0)).collect();
+    let place = |section: ElfSection64<'_, '_, LittleEndian, &[u8]>| {
+        Some((section.index(), *placed.get(section.name().ok()?)?))
+    };
+    elf.sections().filter_map(place).collect()
+}
+
+/// The debug sections, relocated.
+pub(crate) fn debug_sections(
+    elf: &Elf<'_>,
+    places: &Places,
+) -> Result<HashMap<SectionId, Vec<u8>>, Error> {
+    let mut loaded = HashMap::new();
+    Dwarf::load(|id| {
+        loaded.insert(id, data(elf, places, id.name())?);
+        Ok::<_, Error>(())
+    })?;
+    Ok(loaded)
+}
+
+/// What [`debug_sections`] has relocated, to be read.
+pub(crate) fn dwarf(loaded: &HashMap<SectionId, Vec<u8>>) -> Dwarf<Slice<'_>> {
+    let section = |id: SectionId| {
+        let data = loaded.get(&id).map_or(&[][..], Vec::as_slice);
+        Ok::<_, Infallible>(EndianSlice::new(data, gimli::LittleEndian))
+    };
+    let Ok(dwarf) = Dwarf::load(section);
+    dwarf
+}
 
 /// Value of a symbol at run time; 0 for what is not loaded or not defined here, as debug information has no use for it.
 fn symbol_value(elf: &Elf<'_>, places: &Places, target: RelocationTarget) -> u64 {

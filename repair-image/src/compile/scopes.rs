@@ -97,7 +97,7 @@ pub(super) fn of_unit<'d>(
 }
 
 /// Goes on behind an entry's children, whose attributes have been read.
-fn jump<'a, 'd>(
+pub(crate) fn jump<'a, 'd>(
     unit: &'a Unit<Slice<'d>>,
     entries: &mut EntriesRaw<'a, Slice<'d>>,
     sibling: Option<UnitOffset>,
@@ -112,7 +112,7 @@ fn jump<'a, 'd>(
 }
 
 /// Reads attributes up to `DW_AT_sibling`, which compilers put last.
-fn skip_to_sibling<'d>(
+pub(crate) fn skip_to_sibling<'d>(
     entries: &mut EntriesRaw<'_, Slice<'d>>,
     specs: &[AttributeSpecification],
 ) -> gimli::Result<Option<UnitOffset>> {

@@ -13,10 +13,10 @@ const MAX_CHAIN: usize = 32;
 /// Most parameters of a function.
 const MAX_PARAMETERS: usize = 64;
 
-pub(super) type Entry<'d> = DebuggingInformationEntry<Slice<'d>>;
+pub(crate) type Entry<'d> = DebuggingInformationEntry<Slice<'d>>;
 
 /// Types of one unit.
-pub(super) struct UnitTypes<'a, 'd> {
+pub(crate) struct UnitTypes<'a, 'd> {
     units: &'a Units<'d>,
     unit: &'a Unit<Slice<'d>>,
     known: HashMap<UnitOffset, TypeShape>,
@@ -32,7 +32,7 @@ impl<'a, 'd> UnitTypes<'a, 'd> {
         Some(name.to_owned())
     }
 
-    pub(super) fn type_of(entry: &Entry<'d>) -> Option<UnitOffset> {
+    pub(crate) fn type_of(entry: &Entry<'d>) -> Option<UnitOffset> {
         match entry.attr_value(dw::DW_AT_type)? {
             AttributeValue::UnitRef(offset) => Some(offset),
             _ => None,

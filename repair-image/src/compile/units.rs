@@ -17,8 +17,8 @@ use crate::record::{LineRecord, ScopeRecord};
 use crate::{Error, Prototype, base_name};
 
 /// The DWARF data of one object.
-pub(super) struct Units<'d> {
-    pub(super) dwarf: Dwarf<Slice<'d>>,
+pub(crate) struct Units<'d> {
+    pub(crate) dwarf: Dwarf<Slice<'d>>,
     /// In the order of the section.
     pub(super) headers: Vec<UnitHeader<Slice<'d>>>,
 }
@@ -38,8 +38,13 @@ impl<'d> Units<'d> {
         Ok(Self { dwarf, headers })
     }
 
+    /// Without the unit headers: references from one unit into another lead nowhere then.
+    pub(crate) fn alone(dwarf: Dwarf<Slice<'d>>) -> Self {
+        Self { dwarf, headers: Vec::new() }
+    }
+
     /// Text of a string attribute; `None` when it is damaged or not UTF-8.
-    pub(super) fn text(
+    pub(crate) fn text(
         &self,
         unit: &Unit<Slice<'d>>,
         value: AttributeValue<Slice<'d>>,
@@ -48,7 +53,7 @@ impl<'d> Units<'d> {
     }
 
     /// Name of the entry that a reference leads to, through further origins.
-    pub(super) fn name_at(
+    pub(crate) fn name_at(
         &self,
         unit: &Unit<Slice<'d>>,
         reference: AttributeValue<Slice<'d>>,

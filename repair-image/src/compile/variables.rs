@@ -24,7 +24,7 @@ const MAX_ORIGINS: usize = 8;
 
 /// What a function's offsets into its frame are relative to.
 #[derive(Clone, Copy, Debug)]
-enum FrameBase {
+pub(crate) enum FrameBase {
     Cfa,
     Register(Reg),
     Unknown,
@@ -88,13 +88,49 @@ fn cut(range: &Range<u64>, within: &[Range<u64>]) -> Vec<Range<u64>> {
 }
 
 /// The only operation of an expression; `None` when there are several.
-fn single<'d>(
+pub(crate) fn single<'d>(
     unit: &Unit<Slice<'d>>,
     expression: Expression<Slice<'d>>,
 ) -> Option<Operation<Slice<'d>>> {
     let mut operations = expression.operations(unit.encoding());
     let first = operations.next().ok()??;
     operations.next().ok()?.is_none().then_some(first)
+}
+
+pub(crate) fn frame_base<'d>(unit: &Unit<Slice<'d>>, entry: &Entry<'d>) -> Option<FrameBase> {
+    let expression = entry.attr_value(dw::DW_AT_frame_base)?.exprloc_value()?;
+    Some(match single(unit, expression)? {
+        Operation::CallFrameCFA => FrameBase::Cfa,
+        Operation::Register { register } => {
+            cfi::register(register).map_or(FrameBase::Unknown, FrameBase::Register)
+        }
+        _ => FrameBase::Unknown,
+    })
+}
+
+/// Name and type of a variable, where need be of the entry that it is an instance of.
+pub(crate) fn declared<'d>(
+    units: &Units<'d>,
+    unit: &Unit<Slice<'d>>,
+    entry: &Entry<'d>,
+) -> Option<(&'d str, UnitOffset)> {
+    let mut entry = entry.clone();
+    let (mut name, mut type_at) = (None, None);
+    for _ in 0..MAX_ORIGINS {
+        let own = entry.attr_value(dw::DW_AT_name);
+        name = name.or_else(|| units.text(unit, own?));
+        type_at = type_at.or_else(|| UnitTypes::type_of(&entry));
+        if let (Some(name), Some(type_at)) = (name, type_at) {
+            return Some((name, type_at));
+        }
+        let origin = entry.attr_value(dw::DW_AT_abstract_origin);
+        match origin.or(entry.attr_value(dw::DW_AT_specification))? {
+            AttributeValue::UnitRef(origin) => entry = unit.entry(origin).ok()?,
+            // In another unit (link-time optimisation): its types have other offsets.
+            _ => return None,
+        }
+    }
+    None
 }
 
 impl<'d> Walk<'_, 'd> {
@@ -123,7 +159,7 @@ impl<'d> Walk<'_, 'd> {
                         continue;
                     }
                     let outer = open.last().map_or(FrameBase::Unknown, |scope| scope.base);
-                    let base = self.frame_base(&entry).unwrap_or(outer);
+                    let base = frame_base(self.unit, &entry).unwrap_or(outer);
                     open.push(Scope { depth, code, base });
                 }
                 dw::DW_TAG_variable | dw::DW_TAG_formal_parameter => {
@@ -147,20 +183,9 @@ impl<'d> Walk<'_, 'd> {
         Ok(code)
     }
 
-    fn frame_base(&self, entry: &Entry<'d>) -> Option<FrameBase> {
-        let expression = entry.attr_value(dw::DW_AT_frame_base)?.exprloc_value()?;
-        Some(match single(self.unit, expression)? {
-            Operation::CallFrameCFA => FrameBase::Cfa,
-            Operation::Register { register } => {
-                cfi::register(register).map_or(FrameBase::Unknown, FrameBase::Register)
-            }
-            _ => FrameBase::Unknown,
-        })
-    }
-
     fn variable(&mut self, entry: &Entry<'d>, scope: Option<&Scope>) -> Option<()> {
         let location = entry.attr_value(dw::DW_AT_location)?;
-        let (name, type_at) = self.declared(entry)?;
+        let (name, type_at) = declared(self.units, self.unit, entry)?;
         let shape = self.layouts.types.shape(Some(type_at));
         if !layouts::leads_on(&shape) {
             return None;
@@ -191,27 +216,6 @@ impl<'d> Walk<'_, 'd> {
             self.layouts.reach(type_at);
         }
         Some(())
-    }
-
-    /// Name and type, where need be of the entry that this one is an instance of.
-    fn declared(&self, entry: &Entry<'d>) -> Option<(&'d str, UnitOffset)> {
-        let mut entry = entry.clone();
-        let (mut name, mut type_at) = (None, None);
-        for _ in 0..MAX_ORIGINS {
-            let own = entry.attr_value(dw::DW_AT_name);
-            name = name.or_else(|| self.units.text(self.unit, own?));
-            type_at = type_at.or_else(|| UnitTypes::type_of(&entry));
-            if let (Some(name), Some(type_at)) = (name, type_at) {
-                return Some((name, type_at));
-            }
-            let origin = entry.attr_value(dw::DW_AT_abstract_origin);
-            match origin.or(entry.attr_value(dw::DW_AT_specification))? {
-                AttributeValue::UnitRef(origin) => entry = self.unit.entry(origin).ok()?,
-                // In another unit (link-time optimisation): its types have other offsets.
-                _ => return None,
-            }
-        }
-        None
     }
 
     fn place(

@@ -45,7 +45,7 @@ pub fn vmlinux(path: &Path, threads: usize) -> Result<KernelLayer, Error> {
 
 /// The DWARF sections of a linked object. Its relocations for them are left alone: the linker has applied
 /// them, `--emit-relocs` (CONFIG_X86_NEED_RELOCS) only kept a copy.
-fn dwarf<'d>(elf: &Elf<'d>) -> Result<Dwarf<Slice<'d>>, Error> {
+pub(crate) fn dwarf<'d>(elf: &Elf<'d>) -> Result<Dwarf<Slice<'d>>, Error> {
     let load = |id: gimli::SectionId| {
         Ok::<_, Error>(EndianSlice::new(elf::data(elf, id.name())?, LittleEndian))
     };
