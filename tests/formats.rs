@@ -111,7 +111,7 @@ fn reference() -> &'static Reference {
         let zlib = crashed.dumped("zlib", &json!({ "format": "kdump-zlib" }));
         let ram = crashed.place.file("ram");
         fs::copy(crashed.vm.ram_file().unwrap(), &ram).unwrap();
-        let said = crashed.place.told(&[elf.clone()]);
+        let said = crashed.place.told(std::slice::from_ref(&elf));
         assert_eq!(said.pointer("/diagnosis/offender/function"), Some(&json!("mutex_with_waiter")));
         Reference { place: crashed.place, elf, said, paged, zlib, ram }
     })
@@ -138,7 +138,7 @@ fn qemus_other_dumps() {
 #[test]
 fn bare_memory() {
     let made = reference();
-    let said = made.place.diagnosed(&[made.ram.clone()]).1;
+    let said = made.place.diagnosed(std::slice::from_ref(&made.ram)).1;
     assert_eq!(said.pointer("/input/format"), Some(&json!("raw image of RAM")));
     for fact in ["/kernel", "/state/tasks", "/state/log", "/state/modules"] {
         assert_eq!(said.pointer(fact), made.said.pointer(fact), "{fact}");
