@@ -12,6 +12,7 @@ mod context;
 mod core_exits;
 mod core_notes;
 mod diagnosis;
+mod driver_call;
 pub mod dump;
 pub mod effects;
 mod error;

@@ -1,21 +1,20 @@
 //! A task that was woken although nothing has come that it sleeps for, and stands where it goes on: what a repair needs
 //! to know of it. Its frames are those of an ordinary call into a driver, from which an error can be returned.
 
-use guest::{GuestVirt, Hook, HookKind, PhysMemory, Registers, Vcpu};
+use guest::{GuestVirt, PhysMemory, Registers, Vcpu};
 use repair_image::RepairImage;
 use thiserror::Error;
 
 use super::stranded::sleeps_for_its_caller;
 use super::{LOCKING, Queued, Sleeper};
-use crate::boundary::{self, Scene};
 use crate::code::CodeCache;
+use crate::driver_call::{self, DriverCall};
 use crate::fault::Fault;
 use crate::kernel::Kernel;
 use crate::names::function;
 use crate::unwind::{self, Limits, Start};
 use crate::{
-    Confirmation, CrashClass, Diagnosis, Frame, FrameEffects, Held, Offender, ResourceKind,
-    context, offender, signature, task,
+    Confirmation, CrashClass, Diagnosis, Frame, FrameEffects, Held, ResourceKind, context,
 };
 
 /// Frames at most.
@@ -93,44 +92,36 @@ pub fn caught(
     if found != victim.preempt_count {
         return Err(NotCaught::PreemptCount { found, expected: victim.preempt_count });
     }
-    let at = cpu.current.filter(|&at| at == victim.sleeper.position.task);
-    let mut task = at.and_then(|at| task::read(&kernel, at).ok());
-    if let Some(task) = &mut task {
-        task.syscall = task::syscall(&kernel, &fault.frames, &fault.end);
-    }
-    let offender = offender::of(&fault, &context, task.as_ref(), &mut evidence);
-    let offender = offender.filter(|it| matches!(it, Offender::Driver { .. }));
-    let offender = offender.ok_or(NotCaught::NoDriver)?;
-    let scene = Scene { kernel: &kernel, fault: &fault, context: &context, current: cpu.current };
-    let mut boundary = boundary::of(&scene, cache, &mut evidence).ok_or(NotCaught::NoBoundary)?;
-    let mut all_effects = boundary::all_effects(&scene, cache);
-    add_count(&mut boundary.effects, victim.preempt_count, &fault);
-    if let Some(effects) = &mut all_effects {
-        add_count(effects, victim.preempt_count, &fault);
-    }
-    let class = Some(victim.class.clone());
-    Ok(Diagnosis {
-        hook: Some(Hook { kind: HookKind::Stuck, at: victim.resumes_at }),
+    let innermost = fault.frames.first().map(|frame| frame.pc.ip());
+    let call = DriverCall {
+        kernel: &kernel,
         vcpu,
-        title: signature::title(class.as_ref(), &fault, Some(&offender), None),
-        signature: signature::id(class.as_ref(), &fault),
-        class,
+        at: victim.resumes_at,
+        class: victim.class.clone(),
+        fault,
         context,
-        task,
-        fault_frame: fault.at,
-        fault_regs_at: None,
-        unwind_end: fault.end,
-        frames: fault.frames,
-        offender: Some(offender),
+        current: cpu.current.filter(|&at| at == victim.sleeper.position.task),
         evidence,
-        explanation: None,
-        boundary: Some(boundary),
-        core_exits: Vec::new(),
-        all_effects,
-        damage: Vec::new(),
-        message: None,
-        queued: victim.queued,
-    })
+    };
+    let mut diagnosis = call.diagnose(cache)?;
+    let held = [
+        diagnosis.boundary.as_mut().map(|boundary| &mut boundary.effects),
+        diagnosis.all_effects.as_mut(),
+    ];
+    if let Some(at) = innermost {
+        held.into_iter().flatten().for_each(|it| add_count(it, victim.preempt_count, at));
+    }
+    diagnosis.queued = victim.queued;
+    Ok(diagnosis)
+}
+
+impl From<driver_call::NotEnded> for NotCaught {
+    fn from(why: driver_call::NotEnded) -> Self {
+        match why {
+            driver_call::NotEnded::NoDriver => Self::NoDriver,
+            driver_call::NotEnded::NoBoundary => Self::NoBoundary,
+        }
+    }
 }
 
 /// The frames from the registers outward. The functions that sleep for a lock or another event hold nothing but the
@@ -157,15 +148,17 @@ fn frames(kernel: &Kernel<'_>, registers: &Registers, cache: &mut CodeCache) -> 
 }
 
 /// What the lock's function added to the preempt count: it is checked to be all there is.
-fn add_count(effects: &mut FrameEffects, count: u32, fault: &Fault) {
-    let Some(frame) = fault.frames.first().filter(|_| count > 0) else { return };
+fn add_count(effects: &mut FrameEffects, count: u32, innermost: GuestVirt) {
+    if count == 0 {
+        return;
+    }
     effects.preempt_delta = effects.preempt_delta.saturating_add(i64::from(count));
     effects.held.push(Held {
         kind: ResourceKind::Preemption,
         lock: None,
         name: None,
         frame: 0,
-        taken_at: frame.pc.ip(),
+        taken_at: innermost,
         confirmed: Confirmation::NotApplicable,
         saved_interrupts: None,
     });

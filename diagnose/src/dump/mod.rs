@@ -8,6 +8,7 @@
 //! `crashing_cpu` and `panic_cpu` tell, in memory.
 
 mod bitmap;
+mod by_page;
 mod codec;
 mod elf;
 mod error;

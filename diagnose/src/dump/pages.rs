@@ -13,6 +13,7 @@ use guest::{GuestPhys, MemoryError, PhysMemory};
 
 use super::Error;
 use super::bitmap::{Bitmap, Ranks};
+use super::by_page::by_page;
 use super::codec::{self, Codecs, PAGE};
 use super::storage::Storage;
 
@@ -207,22 +208,7 @@ impl<B: AsRef<[u8]>> Pages<B> {
 
 impl<B: AsRef<[u8]>> PhysMemory for Pages<B> {
     fn read(&self, at: GuestPhys, into: &mut [u8]) -> Result<(), MemoryError> {
-        let len = into.len();
-        let mut rest = into;
-        let mut here = at;
-        while !rest.is_empty() {
-            let within = (here.0 % PAGE as u64) as usize;
-            let (part, later) = rest.split_at_mut(rest.len().min(PAGE - within));
-            self.read_in_page(here, part, len)?;
-            let next = here.checked_add(part.len() as u64);
-            rest = later;
-            here = match next {
-                Some(next) => next,
-                None if rest.is_empty() => break,
-                None => return Err(MemoryError::Wraps { at: at.0, len }),
-            };
-        }
-        Ok(())
+        by_page(PAGE as u64, at, into, |at, part, len| self.read_in_page(at, part, len))
     }
 
     fn ranges(&self) -> Vec<Range<GuestPhys>> {

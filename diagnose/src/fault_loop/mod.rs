@@ -6,17 +6,17 @@ mod area;
 mod visit;
 
 pub use area::{Area, Handler, area};
-use guest::{Hook, HookKind, PhysMemory, Registers, Vcpu};
+use guest::{PhysMemory, Registers, Vcpu};
 use repair_image::RepairImage;
 use thiserror::Error as ThisError;
 pub use visit::{Visit, asks_again, user_registers};
 
-use crate::boundary::{self, Scene};
 use crate::code::CodeCache;
+use crate::driver_call::{self, DriverCall};
 use crate::fault::Fault;
 use crate::kernel::Kernel;
 use crate::unwind::{self, Limits, Start};
-use crate::{CrashClass, Diagnosis, Offender, context, offender, signature, task};
+use crate::{CrashClass, Diagnosis, context};
 
 /// Frames at most.
 const FRAMES_MAX: usize = 512;
@@ -59,39 +59,26 @@ pub fn caught(
         Fault { frames, end, at: 0, regs_at: None, exception: None, detector: None, found: true };
     let cpu = context::cpu(&kernel, registers);
     let context = context::of(&kernel, registers, &cpu, &fault, &mut evidence);
-    let mut task = cpu.current.and_then(|at| task::read(&kernel, at).ok());
-    if let Some(task) = &mut task {
-        task.syscall = task::syscall(&kernel, &fault.frames, &fault.end);
-    }
-    let offender = offender::of(&fault, &context, task.as_ref(), &mut evidence);
-    let offender = offender.filter(|it| matches!(it, Offender::Driver { .. }));
-    let offender = offender.ok_or(NotEnded::NoDriver)?;
-    let scene = Scene { kernel: &kernel, fault: &fault, context: &context, current: cpu.current };
-    let boundary = boundary::of(&scene, cache, &mut evidence).ok_or(NotEnded::NoBoundary)?;
-    let all_effects = boundary::all_effects(&scene, cache);
-    let class = Some(CrashClass::FaultLoop);
-    Ok(Diagnosis {
-        hook: Some(Hook { kind: HookKind::Stuck, at: start.pc.ip() }),
+    let call = DriverCall {
+        kernel: &kernel,
         vcpu,
-        title: signature::title(class.as_ref(), &fault, Some(&offender), None),
-        signature: signature::id(class.as_ref(), &fault),
-        class,
+        at: start.pc.ip(),
+        class: CrashClass::FaultLoop,
+        fault,
         context,
-        task,
-        fault_frame: fault.at,
-        fault_regs_at: None,
-        unwind_end: fault.end,
-        frames: fault.frames,
-        offender: Some(offender),
+        current: cpu.current,
         evidence,
-        explanation: None,
-        boundary: Some(boundary),
-        core_exits: Vec::new(),
-        all_effects,
-        damage: Vec::new(),
-        message: None,
-        queued: None,
-    })
+    };
+    Ok(call.diagnose(cache)?)
+}
+
+impl From<driver_call::NotEnded> for NotEnded {
+    fn from(why: driver_call::NotEnded) -> Self {
+        match why {
+            driver_call::NotEnded::NoDriver => Self::NoDriver,
+            driver_call::NotEnded::NoBoundary => Self::NoBoundary,
+        }
+    }
 }
 
 #[cfg(test)]

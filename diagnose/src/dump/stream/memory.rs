@@ -6,6 +6,7 @@ use guest::{GuestPhys, MemoryError, PhysMemory};
 
 use super::board::Piece;
 use super::runs::{PAGE, Place, Runs};
+use crate::dump::by_page::by_page;
 use crate::dump::storage::Storage;
 
 /// Memory in a stream. Pages that were not sent are not captured.
@@ -73,22 +74,7 @@ impl<B: AsRef<[u8]>> Memory<B> {
 
 impl<B: AsRef<[u8]>> PhysMemory for Memory<B> {
     fn read(&self, at: GuestPhys, into: &mut [u8]) -> Result<(), MemoryError> {
-        let len = into.len();
-        let mut rest = into;
-        let mut here = at;
-        while !rest.is_empty() {
-            let left = usize::try_from(PAGE - here.0 % PAGE).unwrap_or(usize::MAX);
-            let (part, later) = rest.split_at_mut(rest.len().min(left));
-            self.read_in_page(here, part, len)?;
-            let next = here.checked_add(part.len() as u64);
-            rest = later;
-            here = match next {
-                Some(next) => next,
-                None if rest.is_empty() => break,
-                None => return Err(MemoryError::Wraps { at: at.0, len }),
-            };
-        }
-        Ok(())
+        by_page(PAGE, at, into, |at, part, len| self.read_in_page(at, part, len))
     }
 
     fn ranges(&self) -> Vec<Range<GuestPhys>> {
