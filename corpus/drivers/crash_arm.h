@@ -19,14 +19,21 @@ struct settings {
 
 static struct settings *settings;
 static char crash_armed[CRASH_NAME_MAX];
+static atomic_t crash_waits;            /* 1 as long as nobody has come for what is armed */
 
-/* Whether a callback is to fault now; it does so once. */
+/* Whether a callback is to fault now; it does so once, whichever CPU comes first. */
 static bool due(const char *name)
 {
-	if (likely(strcmp(crash_armed, name)))
+	if (likely(strcmp(crash_armed, name)) || atomic_cmpxchg(&crash_waits, 1, 0) != 1)
 		return false;
 	crash_armed[0] = 0;
 	return true;
+}
+
+static inline void crash_set(const char *name)
+{
+	strscpy(crash_armed, name, sizeof(crash_armed));
+	atomic_set(&crash_waits, 1);
 }
 
 /* Takes "arm:CASE"; anything else is -EINVAL. */
@@ -39,7 +46,7 @@ static inline int crash_arm(const char __user *from, size_t count)
 		return error;
 	if (strncmp(name, "arm:", 4))
 		return -EINVAL;
-	strscpy(crash_armed, name + 4, sizeof(crash_armed));
+	crash_set(name + 4);
 	return 0;
 }
 

@@ -350,10 +350,10 @@ static ssize_t control_write(struct file *file, const char __user *from, size_t 
 		return error;
 	/* Armed for a callback that others call. */
 	if (!strncmp(name, "arm:", 4)) {
-		strscpy(crash_armed, name + 4, sizeof(crash_armed));
+		crash_set(name + 4);
 		return count;
 	}
-	strscpy(crash_armed, name, sizeof(crash_armed));
+	crash_set(name);
 	if (!strcmp(name, "work-requeue")) {
 		schedule_work(&requeue_work);
 		return count;

@@ -191,7 +191,7 @@ static ssize_t scope_write_iter(struct kiocb *io, struct iov_iter *from)
 		return -EINVAL;
 	if (strncmp(name, "arm:", 4))
 		return -EINVAL;
-	strscpy(crash_armed, name + 4, sizeof(crash_armed));
+	crash_set(name + 4);
 	return count;
 }
 
