@@ -2,6 +2,7 @@
 //! is to end. What is wrong with the call is its finder's to say.
 
 use guest::{GuestVirt, Hook, HookKind, Vcpu};
+use thiserror::Error;
 
 use crate::boundary::{self, Scene};
 use crate::code::CodeCache;
@@ -10,11 +11,17 @@ use crate::kernel::Kernel;
 use crate::{Context, CrashClass, Diagnosis, Offender, Task, offender, signature, task};
 
 /// Why such a call can't be ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum NotEnded {
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum NotEnded {
+    /// It is not known where the vCPU stands.
+    #[error("what it executes could not be determined")]
+    Unknown,
     /// No driver is seen to be the cause.
+    #[error("no driver is seen to be the cause")]
     NoDriver,
     /// There is no caller of the driver that could be returned to.
+    #[error("no caller of the driver was found that can be returned to")]
     NoBoundary,
 }
 

@@ -41,6 +41,9 @@ pub(crate) fn end(
             return Vec::new();
         }
     };
+    if taken.is_empty() {
+        return Vec::new();
+    }
     let in_hand = in_hand::words(situation);
     let (own, others): (Vec<Request>, _) =
         taken.into_iter().partition(|request| in_hand.contains(&request.at.0));

@@ -8,7 +8,7 @@ use thiserror::Error;
 use super::stranded::sleeps_for_its_caller;
 use super::{LOCKING, Queued, Sleeper};
 use crate::code::CodeCache;
-use crate::driver_call::{self, DriverCall};
+use crate::driver_call::{DriverCall, NotEnded};
 use crate::fault::Fault;
 use crate::kernel::Kernel;
 use crate::names::function;
@@ -57,12 +57,9 @@ pub enum NotCaught {
         /// What it must be.
         expected: u32,
     },
-    /// No driver is seen to be the cause.
-    #[error("no driver is seen to be the cause")]
-    NoDriver,
-    /// There is no caller of the driver that could be returned to.
-    #[error("no caller of the driver was found that can be returned to")]
-    NoBoundary,
+    /// Its call can't be ended.
+    #[error(transparent)]
+    NotEnded(#[from] NotEnded),
 }
 
 /// Diagnoses the task, which stands on `vcpu` with these registers where it was woken; the guest stands, and what it
@@ -113,15 +110,6 @@ pub fn caught(
     }
     diagnosis.queued = victim.queued;
     Ok(diagnosis)
-}
-
-impl From<driver_call::NotEnded> for NotCaught {
-    fn from(why: driver_call::NotEnded) -> Self {
-        match why {
-            driver_call::NotEnded::NoDriver => Self::NoDriver,
-            driver_call::NotEnded::NoBoundary => Self::NoBoundary,
-        }
-    }
 }
 
 /// The frames from the registers outward. The functions that sleep for a lock or another event hold nothing but the

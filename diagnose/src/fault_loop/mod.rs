@@ -8,11 +8,11 @@ mod visit;
 pub use area::{Area, Handler, area};
 use guest::{PhysMemory, Registers, Vcpu};
 use repair_image::RepairImage;
-use thiserror::Error as ThisError;
 pub use visit::{Visit, asks_again, user_registers};
 
 use crate::code::CodeCache;
-use crate::driver_call::{self, DriverCall};
+use crate::driver_call::DriverCall;
+pub use crate::driver_call::NotEnded;
 use crate::fault::Fault;
 use crate::kernel::Kernel;
 use crate::unwind::{self, Limits, Start};
@@ -20,21 +20,6 @@ use crate::{CrashClass, Diagnosis, context};
 
 /// Frames at most.
 const FRAMES_MAX: usize = 512;
-
-/// Why a loop of page faults can't be ended where the driver's function is entered.
-#[derive(Clone, Debug, PartialEq, Eq, ThisError)]
-#[non_exhaustive]
-pub enum NotEnded {
-    /// It is not known where the vCPU stands.
-    #[error("what it executes could not be determined")]
-    Unknown,
-    /// No driver is seen to be the cause.
-    #[error("no driver is seen to be the cause")]
-    NoDriver,
-    /// There is no caller of the driver that could be returned to.
-    #[error("no caller of the driver was found that can be returned to")]
-    NoBoundary,
-}
 
 /// Diagnoses the loop from a vCPU that stands on the first instruction of the driver's function with these registers;
 /// `evidence` is what was seen of the loop so far.
@@ -69,16 +54,7 @@ pub fn caught(
         current: cpu.current,
         evidence,
     };
-    Ok(call.diagnose(cache)?)
-}
-
-impl From<driver_call::NotEnded> for NotEnded {
-    fn from(why: driver_call::NotEnded) -> Self {
-        match why {
-            driver_call::NotEnded::NoDriver => Self::NoDriver,
-            driver_call::NotEnded::NoBoundary => Self::NoBoundary,
-        }
-    }
+    call.diagnose(cache)
 }
 
 #[cfg(test)]
