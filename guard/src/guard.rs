@@ -85,7 +85,7 @@ impl<M: Machine> Guard<M> {
         options: Options,
         observer: Box<dyn Observer + Send>,
     ) -> Result<Self, Failed<M>> {
-        if session.is_booting(machine.phys()) {
+        if session.is_booting() {
             return Err(Failed { machine, error: Error::Booting });
         }
         let mut guard = Self {
@@ -395,7 +395,7 @@ mod tests {
     use guest::fake::FakeMachine;
 
     use super::*;
-    use crate::testing::{Fault, Memory, Scripted, at_work, begin, hook};
+    use crate::testing::{Fault, Memory, Scripted, at_work, begin, hook, session};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -437,7 +437,12 @@ mod tests {
         };
         assert!(matches!(error, Error::Booting));
         assert!(runs_without_hooks(&machine) && machine.resumes == 0);
+        // While the layer was being taken: what was read before may be of a stage of the boot.
+        let early = session(&machine).map_err(|error| error.to_string()).unwrap();
         machine.boot();
+        let begun = Guard::begin_with(machine, early, Options::default(), Box::new(memory.clone()));
+        let Err(Failed { machine, error }) = begun else { panic!("it began") };
+        assert!(matches!(error, Error::Booting));
         assert!(begin(machine, None, &memory).is_ok());
     }
 

@@ -44,10 +44,11 @@ impl Session {
         Self::with(knowledge::learn(phys, sources, &[])?, sources.clone())
     }
 
-    /// Whether the kernel is known not to have booted: text may still be patched, CPUs may be missing.
+    /// Whether the layer is known to be of a kernel that had not booted: text was still to be patched, per-CPU areas
+    /// to be placed, CPUs to come. That the kernel has booted since does not make the layer a better one.
     #[must_use]
-    pub fn is_booting(&self, phys: &dyn PhysMemory) -> bool {
-        self.system_state(phys).is_some_and(|(state, running)| state < running)
+    pub fn is_booting(&self) -> bool {
+        self.system_state().is_some_and(|(state, running)| state < running)
     }
 
     /// The same after a reset of the guest: its kernel may lie elsewhere, or be another.
@@ -61,7 +62,7 @@ impl Session {
         if !session.runs_on(phys, vcpus) {
             return Err(Error::NotRunning);
         }
-        match session.system_state(phys) {
+        match session.system_state() {
             Some((state, running)) if state == running => Ok(session),
             _ => Err(Error::Booting),
         }
@@ -101,12 +102,11 @@ impl Session {
         }
     }
 
-    /// `system_state` and the value from which on text is patched and user space has started
-    /// (`SYSTEM_RUNNING`; smaller ones are stages of the boot).
-    fn system_state(&self, phys: &dyn PhysMemory) -> Option<(i64, i64)> {
+    /// `system_state` before the layer was taken, and the value from which on text is patched and user space has
+    /// started (`SYSTEM_RUNNING`; smaller ones are stages of the boot).
+    fn system_state(&self) -> Option<(i64, i64)> {
         let running = self.image.types.enumerator("SYSTEM_RUNNING")?;
-        let state = self.image.address_of("system_state")?;
-        Some((self.layer.space(phys).read_u32(state).ok()?.into(), running))
+        Some((self.layer.system_state?.into(), running))
     }
 
     /// With a kernel that is known.

@@ -315,7 +315,8 @@ pub(crate) fn begin(
     }
 }
 
-fn session(machine: &Scripted) -> Result<Session, Error> {
+/// Knowledge of the toy kernel as it stands.
+pub(crate) fn session(machine: &Scripted) -> Result<Session, Error> {
     let Learned { kernel, layer, taken } =
         knowledge::take(machine.phys(), kernel(&machine.machine), &[], KernelText::Kept)?;
     Session::with(Learned { kernel, layer, taken }, KnowledgeSources::default())

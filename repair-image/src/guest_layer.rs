@@ -141,6 +141,9 @@ pub struct GuestLayer {
     pub found_by: FoundBy,
     /// How it is known to be the running one.
     pub confirmed_by: ConfirmedBy,
+    /// The kernel's `system_state` before the layer was taken; `None` when it is not known.
+    #[serde(default)]
+    pub system_state: Option<u32>,
     /// Guest-physical address of `_text`.
     pub text_phys: GuestPhys,
     /// Where the kernel lies.
@@ -220,6 +223,7 @@ impl GuestLayer {
             build_id: located.build_id,
             found_by: located.found_by,
             confirmed_by: located.confirmed_by,
+            system_state: located.system_state,
             text_phys: located.text_phys,
             boot: boot_identity(&space, &place, &placement),
             idt: place.idt(&space, &placement.text),

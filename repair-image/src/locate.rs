@@ -64,6 +64,9 @@ pub struct Located {
     pub found_by: FoundBy,
     /// How it is known to be the running one.
     pub confirmed_by: ConfirmedBy,
+    /// The kernel's `system_state` before anything else was read of it: what is read later may be of a later stage of
+    /// the boot, never of an earlier one. `None` when it could not be read.
+    pub system_state: Option<u32>,
 }
 
 /// A kernel image in RAM whose own page tables agree with it.
@@ -248,6 +251,7 @@ fn complete(
     };
     let slide = candidate.text.0.wrapping_sub(base.0);
     let place = |name| Ok::<_, Error>(GuestVirt(link(name)?.0.wrapping_add(slide)));
+    let system_state = place("system_state").ok().and_then(|at| space.read_u32(at).ok());
     let banner = space.read_cstr(place("linux_banner")?, 1024).map_err(Error::guest("banner"))?;
     let text = place("_stext")?..place("_etext")?;
     if text.is_empty() || text.end - text.start > KERNEL_MAP_SIZE {
@@ -269,6 +273,7 @@ fn complete(
         build_id: notes.and_then(|(start, end)| build_id(&space, start, end)),
         found_by: candidate.found_by,
         confirmed_by,
+        system_state,
     })
 }
 
@@ -372,6 +377,7 @@ mod tests {
             assert_eq!(located.placement.five_level, five_level);
             assert_eq!(located.placement.text, placed(0)..placed(0x1000));
             assert_eq!(located.placement.per_cpu.len(), 2);
+            assert_eq!(located.system_state, Some(2));
             assert_eq!(located.text_phys, GuestPhys(TEXT_PHYS));
             assert_eq!(located.banner, "Linux version 9.9.9 (synthetic)");
             assert_eq!(located.build_id, id);

@@ -19,6 +19,7 @@ const PHYS_BASE: u64 = 0x1000;
 const L5: u64 = 0x1010;
 const NR_CPUS: u64 = 0x1020;
 const PER_CPU: u64 = 0x1040;
+const STATE: u64 = 0x1080;
 const NOTES: u64 = 0x1100;
 const BANNER: u64 = 0x2000;
 const INFO_POINTER: u64 = 0x2800;
@@ -49,6 +50,7 @@ fn symbols(root: u64) -> Vec<(&'static str, u64)> {
         ("__pgtable_l5_enabled", L5),
         ("nr_cpu_ids", NR_CPUS),
         ("__per_cpu_offset", PER_CPU),
+        ("system_state", STATE),
         ("__start_notes", NOTES),
         ("__stop_notes", NOTES + 36),
         ("linux_banner", BANNER),
@@ -70,6 +72,7 @@ pub(crate) fn kernel(five_level: bool) -> (FakeMachine, Knowledge) {
     poke(PHYS_BASE, &phys_base.to_le_bytes());
     poke(L5, &[u8::from(five_level)]);
     poke(NR_CPUS, &[2]);
+    poke(STATE, &[2]);
     poke(PER_CPU, &0xffff_8880_0010_0000u64.to_le_bytes());
     poke(PER_CPU + 8, &0xffff_8880_0020_0000u64.to_le_bytes());
     poke(BANNER, b"Linux version 9.9.9 (synthetic)\n\0");
