@@ -2,17 +2,18 @@
 //! somebody else waits for; on a migration stream of the same moment; on its console log; and on what is no dump at
 //! all.
 
+mod crashed;
+
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use corpus::lab::{Kernel, Snapshot, Vm, VmConfig, drivers};
+use corpus::lab::{Kernel, Vm, VmConfig};
+use crashed::Crashed;
 use serde_json::{Value, json};
 
-/// One of the pair reads from NULL with the mutex held, the other one waits for it.
-const CRASH: &str = "crash crash_locks pair mutex-waited,wait-mutex 3000";
 const OFFENDER: &str = "mutex_with_waiter";
 const WAITER: &str = "wait_for_mutex";
 
@@ -35,29 +36,18 @@ fn made() -> &'static Made {
 impl Made {
     /// Crashes a guest.
     fn of(kernel: &str) -> Self {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("diagnose").join(kernel);
-        let _ = fs::remove_dir_all(&folder);
-        fs::create_dir_all(&folder).unwrap();
+        let config = VmConfig::new(Kernel::find(kernel).unwrap());
+        let name = format!("diagnose/{kernel}");
+        let mut crashed = Crashed::of(&name, &config, "crash_locks", crashed::PAIR);
+        crashed.dumped("vmcore", &json!({}));
+        let Crashed { mut vm, folder, knowledge } = crashed;
         let name = |file: &str| folder.join(file).to_str().unwrap().to_owned();
-        let kernel = Kernel::find(kernel).unwrap();
-        let vmlinux = kernel.needed_vmlinux().unwrap();
-        let drivers = drivers(&kernel).unwrap();
-        let modules = drivers[0].with_debug.parent().unwrap();
-        let text = |path: &Path| path.to_str().unwrap().to_owned();
-        let knowledge =
-            ["--vmlinux".to_owned(), text(&vmlinux), "--debug-dir".to_owned(), text(modules)];
-        let mut vm = Snapshot::cached(&VmConfig::new(kernel)).unwrap().restore().unwrap();
-        vm.agent().command("load crash_locks").unwrap();
-        assert!(vm.agent().command_within(CRASH, Duration::from_secs(3)).is_err(), "no crash");
         let (dump, log) = (name("vmcore"), name("console.log"));
-        let arguments = json!({ "paging": false, "protocol": format!("file:{dump}") });
-        vm.control().command("stop", json!({})).unwrap();
-        vm.control().command("dump-guest-memory", arguments).unwrap();
         let streams = [name("stream"), name("saved")];
         migrate(&mut vm, &streams[0]);
         fs::write(&streams[1], saved_by_libvirt(&fs::read(&streams[0]).unwrap())).unwrap();
         fs::copy(vm.serial_log(), &log).unwrap();
-        Self { folder, dump, streams, log, knowledge: knowledge.to_vec() }
+        Self { folder, dump, streams, log, knowledge }
     }
 
     /// What is said of the dump in a format, with these arguments for knowledge.

@@ -1,17 +1,18 @@
 //! One crash in every form that a dump comes in: QEMU's, makedumpfile's, the bare memory. What `defib diagnose` says of
 //! them must be the same, but for what a form does not hold.
 
+mod crashed;
+
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::Duration;
 
-use corpus::lab::{Kernel, Snapshot, Vm, VmConfig, drivers};
+use corpus::lab::{Kernel, VmConfig};
+use crashed::Crashed;
 use serde_json::{Value, json};
 
-const CRASH: &str = "crash crash_locks pair mutex-waited,wait-mutex 3000";
 /// What every form must tell alike.
 const FACTS: [&str; 6] =
     ["/diagnosis", "/plan/rung", "/state/cpus", "/state/waiting", "/state/tasks", "/state/log"];
@@ -19,73 +20,21 @@ const FACTS: [&str; 6] =
 const EHDR: usize = 64;
 const PHDR: usize = 56;
 
-/// Where dumps lie, and what a diagnosis of them needs.
-struct Place {
-    folder: PathBuf,
-    knowledge: Vec<String>,
+/// Exit code and answer of `defib diagnose --format json`.
+fn diagnosed(files: &[PathBuf], knowledge: &[String]) -> (i32, Value) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_defib"));
+    command.arg("diagnose").args(files).args(["--format", "json"]).args(knowledge);
+    let output = command.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(error, "", "{files:?}");
+    (output.status.code().unwrap_or(-1), serde_json::from_slice(&output.stdout).unwrap())
 }
 
-impl Place {
-    fn file(&self, name: &str) -> PathBuf {
-        self.folder.join(name)
-    }
-
-    /// Exit code and answer of `defib diagnose --format json`.
-    fn diagnosed(&self, files: &[PathBuf]) -> (i32, Value) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_defib"));
-        command.arg("diagnose").args(files).args(["--format", "json"]).args(&self.knowledge);
-        let output = command.output().unwrap();
-        let error = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(error, "", "{files:?}");
-        (output.status.code().unwrap_or(-1), serde_json::from_slice(&output.stdout).unwrap())
-    }
-
-    /// The answer, where there is a crash.
-    fn told(&self, files: &[PathBuf]) -> Value {
-        let (code, said) = self.diagnosed(files);
-        assert_eq!(code, 0, "{files:?}");
-        said
-    }
-}
-
-/// A guest that answers no more.
-struct Crashed {
-    place: Place,
-    vm: Vm,
-}
-
-impl Crashed {
-    fn of(name: &str, config: &VmConfig, driver: &str, deed: &str) -> Self {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("formats").join(name);
-        let _ = fs::remove_dir_all(&folder);
-        fs::create_dir_all(&folder).unwrap();
-        let modules = drivers(&config.kernel).unwrap();
-        let text = |path: &Path| path.to_str().unwrap().to_owned();
-        let knowledge = [
-            "--vmlinux".to_owned(),
-            text(&config.kernel.needed_vmlinux().unwrap()),
-            "--debug-dir".to_owned(),
-            text(modules[0].with_debug.parent().unwrap()),
-        ];
-        let mut vm = Snapshot::cached(config).unwrap().restore().unwrap();
-        vm.agent().command(&format!("load {driver}")).unwrap();
-        assert!(vm.agent().command_within(deed, Duration::from_secs(3)).is_err(), "it answers");
-        // All dumps are of one moment.
-        vm.control().command("stop", json!({})).unwrap();
-        Self { place: Place { folder, knowledge: knowledge.to_vec() }, vm }
-    }
-
-    /// QEMU's own dump.
-    fn dumped(&mut self, name: &str, more: &Value) -> PathBuf {
-        let file = self.place.file(name);
-        let protocol = format!("file:{}", file.display());
-        let mut arguments = json!({ "paging": false, "protocol": protocol });
-        for (key, value) in more.as_object().into_iter().flatten() {
-            arguments[key] = value.clone();
-        }
-        self.vm.control().command("dump-guest-memory", arguments).unwrap();
-        file
-    }
+/// The answer, where there is a crash.
+fn told(files: &[PathBuf], knowledge: &[String]) -> Value {
+    let (code, said) = diagnosed(files, knowledge);
+    assert_eq!(code, 0, "{files:?}");
+    said
 }
 
 fn lab(kernel: &str) -> VmConfig {
@@ -94,7 +43,8 @@ fn lab(kernel: &str) -> VmConfig {
 
 /// A crash, its ELF dump by QEMU with what is said of that, and its memory in other forms.
 struct Reference {
-    place: Place,
+    folder: PathBuf,
+    knowledge: Vec<String>,
     elf: PathBuf,
     said: Value,
     paged: PathBuf,
@@ -105,21 +55,30 @@ struct Reference {
 fn reference() -> &'static Reference {
     static MADE: OnceLock<Reference> = OnceLock::new();
     MADE.get_or_init(|| {
-        let mut crashed = Crashed::of("reference", &lab("6.1"), "crash_locks", CRASH);
+        let mut crashed =
+            Crashed::of("formats/reference", &lab("6.1"), "crash_locks", crashed::PAIR);
         let elf = crashed.dumped("vmcore", &json!({}));
         let paged = crashed.dumped("paged", &json!({ "paging": true }));
         let zlib = crashed.dumped("zlib", &json!({ "format": "kdump-zlib" }));
-        let ram = crashed.place.file("ram");
+        let ram = crashed.folder.join("ram");
         fs::copy(crashed.vm.ram_file().unwrap(), &ram).unwrap();
-        let said = crashed.place.told(std::slice::from_ref(&elf));
+        let said = told(std::slice::from_ref(&elf), &crashed.knowledge);
         assert_eq!(said.pointer("/diagnosis/offender/function"), Some(&json!("mutex_with_waiter")));
-        Reference { place: crashed.place, elf, said, paged, zlib, ram }
+        Reference {
+            folder: crashed.folder,
+            knowledge: crashed.knowledge,
+            elf,
+            said,
+            paged,
+            zlib,
+            ram,
+        }
     })
 }
 
 /// A dump of the crash must tell all facts as the reference does.
 fn must_agree(files: &[PathBuf], format: &str) {
-    let said = reference().place.told(files);
+    let said = told(files, &reference().knowledge);
     for fact in FACTS {
         let (found, expected) = (said.pointer(fact), reference().said.pointer(fact));
         assert!(found.is_some() && found == expected, "{fact} of {files:?} differs");
@@ -138,7 +97,7 @@ fn qemus_other_dumps() {
 #[test]
 fn bare_memory() {
     let made = reference();
-    let said = made.place.diagnosed(std::slice::from_ref(&made.ram)).1;
+    let said = diagnosed(std::slice::from_ref(&made.ram), &made.knowledge).1;
     assert_eq!(said.pointer("/input/format"), Some(&json!("raw image of RAM")));
     for fact in ["/kernel", "/state/tasks", "/state/log", "/state/modules"] {
         assert_eq!(said.pointer(fact), made.said.pointer(fact), "{fact}");
@@ -152,7 +111,7 @@ fn bare_memory() {
 fn kdump_like() -> &'static Path {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     MADE.get_or_init(|| {
-        let file = reference().place.file("kdump-like");
+        let file = reference().folder.join("kdump-like");
         let source = fs::read(&reference().elf).unwrap();
         moved(&source, &vmcoreinfo(&source), &mut BufWriter::new(File::create(&file).unwrap()));
         file
@@ -223,9 +182,9 @@ fn moved(source: &[u8], info: &[u8], out: &mut impl Write) {
 
 /// Has makedumpfile make files, and compares what they tell.
 fn makedumpfile_must_agree(name: &str, flags: &[&str], parts: usize, format: &str) {
-    let place = &reference().place;
+    let folder = &reference().folder;
     let files: Vec<PathBuf> =
-        (0..parts).map(|part| place.file(&format!("{name}.{part}"))).collect();
+        (0..parts).map(|part| folder.join(format!("{name}.{part}"))).collect();
     let mut command = Command::new("makedumpfile");
     command.args(flags).arg(kdump_like());
     let flattened = flags.contains(&"-F");
@@ -267,9 +226,9 @@ fn makedumpfiles_other_forms() {
 #[test]
 fn a_guest_with_five_levels_of_page_tables() {
     let config = VmConfig { cpu: Some("max".to_owned()), ..lab("6.1") };
-    let mut crashed = Crashed::of("five-levels", &config, "crash_locks", CRASH);
+    let mut crashed = Crashed::of("formats/five-levels", &config, "crash_locks", crashed::PAIR);
     let dump = crashed.dumped("vmcore", &json!({}));
-    let said = crashed.place.told(&[dump]);
+    let said = told(&[dump], &crashed.knowledge);
     assert_eq!(
         said.pointer("/diagnosis/offender"),
         reference().said.pointer("/diagnosis/offender")
@@ -284,9 +243,9 @@ fn a_guest_with_five_levels_of_page_tables() {
 #[test]
 fn a_guest_that_hangs() {
     let deed = "crash crash_hang write loop-irqs-off 3000";
-    let mut crashed = Crashed::of("hung", &lab("6.1"), "crash_hang", deed);
+    let mut crashed = Crashed::of("formats/hung", &lab("6.1"), "crash_hang", deed);
     let dump = crashed.dumped("vmcore", &json!({}));
-    let (code, said) = crashed.place.diagnosed(&[dump]);
+    let (code, said) = diagnosed(&[dump], &crashed.knowledge);
     assert_eq!((code, said.get("diagnosis")), (1, Some(&Value::Null)));
     let busy =
         said.pointer("/state/cpus").and_then(Value::as_array).into_iter().flatten().any(|cpu| {
