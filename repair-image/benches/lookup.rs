@@ -12,7 +12,7 @@ use defib_repair_image::{KernelLayer, Knowledge, compile};
 use guest::LinkAddr;
 
 /// Addresses that are looked up.
-const COUNT: usize = 100_000;
+const COUNT: usize = 1_000_000;
 /// File name and line of each level, innermost first; empty where no line is known.
 type Chain = Vec<(String, u32)>;
 
