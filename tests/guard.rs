@@ -197,6 +197,24 @@ fn a_guest_that_reboots_is_guarded_again() {
     assert!(guard.detach().unwrap().success());
 }
 
+/// Locks that name no owner: left taken, whoever wants the page or the buffer would wait for ever.
+#[test]
+fn a_call_with_a_locked_page_or_buffer_in_hand_is_not_abandoned() {
+    let _alone = alone();
+    for (fault, reason) in [("fs-page-lock", "the page at "), ("fs-buffer-lock", "the buffer at ")]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        let mut vm = vm(&config());
+        let mut guard = armed(&vm, folder.path());
+        vm.agent().command("load crash_fs").unwrap();
+        let deed = format!("crash crash_fs in-fsync:/run/note {fault} 3000");
+        assert!(vm.agent().command_within(&deed, Duration::from_secs(5)).is_err(), "{fault}");
+        let event = guard.await_any(&["repaired", "refused"], LIMIT).unwrap();
+        assert_eq!(event["event"], "refused", "{fault}: {event}");
+        assert!(event.to_string().contains(reason), "{fault}: {event}");
+    }
+}
+
 #[test]
 fn a_dry_run_writes_nothing_and_lets_the_guest_die_its_own_death() {
     let _alone = alone();

@@ -3,10 +3,12 @@
  * A file system in which every name is an empty file, mounted and used by the agent's commands: mounting,
  * looking up, reading, writing, making, removing fault, under the core's locks.
  */
+#include <linux/buffer_head.h>
 #include <linux/fs.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/pagemap.h>
 #include <linux/statfs.h>
 #include <linux/seq_file.h>
 #include <linux/uio.h>
@@ -40,10 +42,47 @@ static ssize_t note_write(struct kiocb *io, struct iov_iter *from)
 	return n;
 }
 
+/* A lock that is a bit, with nothing that says whose it is. */
+static int under_page_lock(void)
+{
+	struct page *page = alloc_page(GFP_KERNEL);
+	int level;
+
+	if (!page)
+		return -ENOMEM;
+	lock_page(page);
+	level = READ_ONCE(settings->level); /* CRASH: fs-page-lock */
+	unlock_page(page);
+	put_page(page);
+	return level;
+}
+
+static int under_buffer_lock(void)
+{
+	struct page *page = alloc_page(GFP_KERNEL);
+	struct buffer_head *buffer = page ? alloc_buffer_head(GFP_KERNEL) : NULL;
+	int level = -ENOMEM;
+
+	if (buffer) {
+		buffer->b_page = page;
+		lock_buffer(buffer);
+		level = READ_ONCE(settings->level); /* CRASH: fs-buffer-lock */
+		unlock_buffer(buffer);
+		free_buffer_head(buffer);
+	}
+	if (page)
+		put_page(page);
+	return level;
+}
+
 static int note_fsync(struct file *file, loff_t from, loff_t to, int datasync)
 {
 	if (due("fs-fsync"))
 		return READ_ONCE(settings->level); /* CRASH: fs-fsync */
+	if (due("fs-page-lock"))
+		return under_page_lock();
+	if (due("fs-buffer-lock"))
+		return under_buffer_lock();
 	return 0;
 }
 

@@ -11,9 +11,15 @@ const WORDS_MAX: u64 = 4096;
 
 /// All words in registers and on the stack of the crashed call, up to the core kernel's function that is gone on in.
 pub(crate) fn words(situation: &Situation<'_>) -> HashSet<u64> {
+    let boundary = situation.diagnosis.boundary.as_ref();
+    let frames = situation.diagnosis.frames.len();
+    words_before(situation, boundary.map_or(frames, |boundary| boundary.frame + 1))
+}
+
+/// Those in the frames from the fault's to the one before that index.
+fn words_before(situation: &Situation<'_>, index: usize) -> HashSet<u64> {
     let diagnosis = situation.diagnosis;
-    let last = diagnosis.boundary.as_ref().map_or(diagnosis.frames.len(), |it| it.frame + 1);
-    let frames = diagnosis.frames.get(diagnosis.fault_frame..last).unwrap_or_default();
+    let frames = diagnosis.frames.get(diagnosis.fault_frame..index).unwrap_or_default();
     let registers = frames
         .iter()
         .flat_map(|frame| Reg::GENERAL.into_iter().filter_map(|reg| frame.registers.get(reg)));
@@ -27,7 +33,16 @@ pub(crate) fn words(situation: &Situation<'_>) -> HashSet<u64> {
 
 /// Those of them that are addresses of the kernel's, each once, in order.
 pub(crate) fn addresses(situation: &Situation<'_>) -> Vec<GuestVirt> {
-    let words = words(situation).into_iter().map(GuestVirt);
+    addresses_of(words(situation))
+}
+
+/// The same of the frames from the fault's to the one before that index.
+pub(crate) fn addresses_before(situation: &Situation<'_>, index: usize) -> Vec<GuestVirt> {
+    addresses_of(words_before(situation, index))
+}
+
+fn addresses_of(words: HashSet<u64>) -> Vec<GuestVirt> {
+    let words = words.into_iter().map(GuestVirt);
     let mut addresses: Vec<_> = words.filter(|word| word.is_kernel_half()).collect();
     addresses.sort_unstable();
     addresses

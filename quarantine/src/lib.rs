@@ -5,6 +5,7 @@
 mod action;
 mod activity;
 mod apply;
+mod bit_locks;
 mod boundaries;
 mod bus_master;
 mod bystanders;
@@ -28,6 +29,7 @@ mod memory_signs;
 mod network;
 mod nudge;
 mod occupants;
+mod page_map;
 mod page_tables;
 mod path_walk;
 mod plan;

@@ -12,8 +12,8 @@ use serde::Serialize;
 
 use crate::invariants::{self, Current};
 use crate::{
-    Action, Policy, Reason, Refusal, Standing, Strikes, core_return, driver, error_return, in_hand,
-    lists, process, queue, stack_end, text, warning,
+    Action, Policy, Reason, Refusal, Standing, Strikes, bit_locks, core_return, driver,
+    error_return, in_hand, lists, process, queue, stack_end, text, warning,
 };
 
 /// A rung of the recovery ladder that repairs in place.
@@ -250,6 +250,9 @@ fn attempt(
     if let Some(current) = Current::of(situation.diagnosis) {
         invariants::before(situation.image, situation.memory, current, in_hand)?;
     }
+    if abandons(situation.diagnosis, rung) {
+        bit_locks::check(situation, rung)?;
+    }
     lists::check(situation)?;
     let mark = stack_end::restore(situation)?;
     let out_of_queue = queue::leave(situation)?;
@@ -258,6 +261,11 @@ fn attempt(
     steps.actions.splice(0..0, out_of_queue);
     steps.actions.splice(0..0, mark);
     Ok(steps)
+}
+
+/// Whether the crashed call is not gone on with: one that only warned is, and one whose code was damaged is run again.
+fn abandons(diagnosis: &Diagnosis, rung: Rung) -> bool {
+    rung != Rung::RepairKernel && !warning::is_one(diagnosis)
 }
 
 fn rung_steps(

@@ -312,6 +312,16 @@ pub enum Reason {
         /// What it names as its cache.
         cache: GuestVirt,
     },
+    /// What would be abandoned may have taken a lock that names no owner.
+    #[error(
+        "the {what} at {at:#x} is locked, and nothing says that somebody else has to unlock it"
+    )]
+    BitLocked {
+        /// What is locked.
+        what: &'static str,
+        /// Its `struct page` or `struct buffer_head`, guest-virtual.
+        at: GuestVirt,
+    },
     /// There is no task that can be ended.
     #[error("there is no user process that could be ended")]
     NoProcess,

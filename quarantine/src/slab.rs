@@ -6,10 +6,8 @@ use guest::GuestVirt;
 use repair_image::Member;
 
 use crate::guest_struct::Structures;
+use crate::page_map::{PAGE, PageMap, flag};
 
-const PAGE: u64 = 4096;
-/// Bit 0 of `page.compound_head`: the rest leads to the first page of several (include/linux/page-flags.h).
-const TAIL: u64 = 1;
 /// Most bytes of a slab: `MAX_ORDER` is 10 (include/linux/mmzone.h).
 const BYTES_MAX: u64 = PAGE << 10;
 /// Bits of a page's type below its kind (`page_type_has_type()`, include/linux/page-flags.h).
@@ -20,13 +18,7 @@ pub(crate) struct Slabs<'a> {
     kernel: Structures<'a>,
     /// Where all memory is mapped, one to one.
     direct: GuestVirt,
-    /// The array of all `struct page`, its length, and the size of one.
-    pages: GuestVirt,
-    page_count: u64,
-    page_size: u64,
-    head: Member,
-    flags: Member,
-    locked: u64,
+    pages: PageMap<'a>,
     mark: Mark,
     slab: SlabMembers,
     cache: CacheMembers,
@@ -105,7 +97,6 @@ impl<'a> Slabs<'a> {
     /// steps then (`alloc_single_from_partial()`), and looks at them itself.
     pub(crate) fn of(kernel: Structures<'a>) -> Option<Self> {
         let image = kernel.image;
-        let member = |structure, path| image.types.member(structure, path);
         let word = |symbol| kernel.memory.read_u64(image.address_of(symbol)?).ok();
         // The count of a `struct static_key` is its first member (include/linux/jump_label.h).
         let debugged = image.address_of("slub_debug_enabled");
@@ -116,12 +107,7 @@ impl<'a> Slabs<'a> {
             kernel,
             // Variables since v4.8 (CONFIG_RANDOMIZE_MEMORY); without, nothing is looked at.
             direct: GuestVirt(word("page_offset_base")?),
-            pages: GuestVirt(word("vmemmap_base")?),
-            page_count: word("max_pfn")?,
-            page_size: image.types.size_of("page").filter(|&size| size > 0)?,
-            head: member("page", "compound_head")?,
-            flags: member("page", "flags")?,
-            locked: flag(image.types.enumerator("PG_locked")?)?,
+            pages: PageMap::of(kernel)?,
             mark: Mark::of(&kernel)?,
             slab: SlabMembers::of(&kernel)?,
             cache: CacheMembers::of(&kernel)?,
@@ -132,26 +118,19 @@ impl<'a> Slabs<'a> {
     /// The slab that an address lies in. `None` for one that has no object in use: it is being made or given back,
     /// not in one step.
     pub(crate) fn around(&self, at: GuestVirt) -> Option<Slab> {
-        let index = at.0.checked_sub(self.direct.0)? / PAGE;
-        if index >= self.page_count {
-            return None;
-        }
-        let page = self.pages + index.wrapping_mul(self.page_size);
-        let head = self.kernel.value(page, &self.head)?;
-        self.at(if head & TAIL == 0 { page } else { GuestVirt(head & !TAIL) })
+        self.at(self.pages.head(at.0.checked_sub(self.direct.0)? / PAGE)?)
     }
 
     /// The slab with that `struct slab`, which is that of its first page.
     fn at(&self, at: GuestVirt) -> Option<Slab> {
-        let bytes = at.0.checked_sub(self.pages.0)?;
-        let index = bytes.checked_div(self.page_size)?;
-        if index >= self.page_count || bytes % self.page_size != 0 || !self.is_slab(at)? {
+        let number = self.pages.number(at)?;
+        if !self.is_slab(at)? {
             return None;
         }
         let value = |member| self.kernel.value(at, member);
         let slab = Slab {
             at,
-            base: self.direct + index.wrapping_mul(PAGE),
+            base: self.direct + number.wrapping_mul(PAGE),
             cache: GuestVirt(value(&self.slab.cache)?),
             objects: value(&self.slab.objects)?,
             inuse: value(&self.slab.inuse)?,
@@ -162,12 +141,12 @@ impl<'a> Slabs<'a> {
 
     /// Whether it is one, and not locked: processors without `cmpxchg16b` change it so (`slab_lock()`).
     fn is_slab(&self, page: GuestVirt) -> Option<bool> {
-        let flags = self.kernel.value(page, &self.flags)?;
+        let flags = self.pages.flags(page)?;
         let marked = match &self.mark {
             Mark::Flag(flag) => flags & flag != 0,
             Mark::Kind(member, kind) => self.kernel.value(page, member)? >> TYPE_SHIFT == *kind,
         };
-        Some(marked && flags & self.locked == 0)
+        Some(marked && !self.pages.is_locked(flags))
     }
 
     /// The cache at an address, if what it says of its objects can be.
@@ -188,7 +167,7 @@ impl<'a> Slabs<'a> {
 
     /// Whether a cache is at an address; `None` where that can't be told.
     pub(crate) fn is_cache(&self, at: GuestVirt) -> Option<bool> {
-        if at - self.direct >= self.page_count.saturating_mul(PAGE) {
+        if at - self.direct >= self.pages.count().saturating_mul(PAGE) {
             return Some(false);
         }
         let slab = self.around(at)?;
@@ -249,6 +228,12 @@ impl<'a> Slabs<'a> {
 }
 
 impl Slab {
+    /// The object that an address lies in.
+    pub(crate) fn object_around(&self, cache: &Cache, at: GuestVirt) -> Option<GuestVirt> {
+        let index = at.0.checked_sub(self.base.0)?.checked_div(cache.size)?;
+        (index < self.objects).then(|| self.base + index.wrapping_mul(cache.size))
+    }
+
     /// Number of the object that begins at an address.
     pub(crate) fn index(&self, cache: &Cache, at: u64) -> Option<u64> {
         let offset = at.checked_sub(self.base.0)?;
@@ -270,11 +255,6 @@ impl Mark {
         }
         flag(types.enumerator("PG_slab")?).map(Self::Flag)
     }
-}
-
-/// The mask of a page flag with that number.
-fn flag(number: i64) -> Option<u64> {
-    1_u64.checked_shl(u32::try_from(number).ok()?)
 }
 
 impl SlabMembers {

@@ -367,6 +367,7 @@ fn image(machine: &FakeMachine, types: FakeTypes) -> RepairImage {
         ("max_pfn", 0xcd0),
         ("kmem_cache", 0xcd8),
         ("slub_debug_enabled", 0xce0),
+        ("bh_cachep", 0xce8),
         ("_sdata", 0x2800),
         ("_end", 0x2810),
         ("e820_table", 0xc18),

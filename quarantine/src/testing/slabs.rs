@@ -137,6 +137,11 @@ impl Heap {
         scene.set_member("slab", "slab_cache", self.slab, cache.0);
     }
 
+    /// The driver's cache is that of buffers.
+    pub(crate) fn holds_buffers(&self, scene: &mut Scene) {
+        scene.poke_word(DATA + 0xce8, self.cache.0);
+    }
+
     /// All objects are on the slab's own list, and no CPU has it.
     pub(crate) fn free_all(&self, scene: &mut Scene) {
         for number in 0..OBJECTS {

@@ -86,6 +86,8 @@ const MEMBERS: &[(&str, &str, u64, u64)] = &[
     ("page", "flags", 8, 8),
     ("page", "compound_head", 0x10, 8),
     ("page", "page_type", 0x18, 4),
+    ("buffer_head", "b_state", 0, 8),
+    ("buffer_head", "b_page", 0x10, 8),
     ("slab", "slab_cache", 0x20, 8),
     ("slab", "freelist", 0x28, 8),
     ("slab", "inuse", 0x30, 2),
@@ -151,6 +153,7 @@ impl FakeTypes {
             ("MQ_RQ_IN_FLIGHT", 1),
             ("PG_locked", 3),
             ("PG_slab", 5),
+            ("BH_Lock", 2),
         ]);
         let ssize = int("ssize_t", 8, true);
         let number = int("int", 4, true);
