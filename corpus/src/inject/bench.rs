@@ -31,6 +31,8 @@ const HELD: Duration = Duration::from_millis(700);
 /// How often the functions called are looked at.
 const LOOKS: u32 = 12;
 const PAGE: u64 = 4096;
+/// Of a module of which the workload calls one function in a thousand, a change is still found.
+const DRAWS_MAX: u32 = 100_000;
 /// The most code of a module that is looked at, in bytes.
 const CODE_MAX: u64 = 4 << 20;
 
@@ -42,8 +44,10 @@ pub struct Bench {
     snapshot: Snapshot,
     /// Address of the module's `.text` in the guest.
     base: u64,
-    /// The changes that can be made in functions that the workload calls.
+    /// The changes that can be made in the module's functions.
     changes: BTreeMap<Operator, Vec<Mutation>>,
+    /// The functions that the workload was seen to call.
+    called: BTreeSet<String>,
 }
 
 impl Bench {
@@ -74,19 +78,19 @@ impl Bench {
         let missing = || not_ready(target, "its facts are incomplete");
         let base = number("text").ok_or_else(missing)?;
         let called = facts.get("called").and_then(Value::as_array).ok_or_else(missing)?;
-        let mut bench = Self { target, snapshot, base, changes: BTreeMap::new() };
+        let called = called.iter().filter_map(Value::as_str).map(str::to_owned).collect();
+        let mut bench = Self { target, snapshot, base, changes: BTreeMap::new(), called };
         let mut vm = bench.snapshot.restore_standing()?;
         let path = vm.config().kernel.modules().join(format!("{}.ko", target.module));
         let bytes = fs::read(&path).map_err(Error::file("read", &path))?;
         let file = ModuleFile::parse(target.module, &bytes)?;
         let code = bench.read(&mut vm, base, file.size.min(CODE_MAX))?;
         for function in &file.functions {
-            if called.iter().any(|name| name.as_str() == Some(function.name.as_str())) {
-                for change in candidates(&file, function, &code, base)? {
-                    bench.changes.entry(change.operator).or_default().push(change);
-                }
+            for change in candidates(&file, function, &code, base)? {
+                bench.changes.entry(change.operator).or_default().push(change);
             }
         }
+        bench.changes.retain(|_, changes| changes.iter().any(|change| change.is_in(&bench.called)));
         if bench.changes.is_empty() {
             return Err(not_ready(target, "no function of it is called"));
         }
@@ -96,16 +100,14 @@ impl Bench {
     /// The change that a number stands for: its kind first, then the place, each as likely as the others.
     #[must_use]
     pub fn draw(&self, number: u64) -> Option<&Mutation> {
-        let kinds: Vec<&Vec<Mutation>> = self.changes.values().collect();
-        let kind = kinds.get(usize::try_from(number % kinds.len() as u64).ok()?)?;
-        let place = scatter(number) % kind.len() as u64;
-        kind.get(usize::try_from(place).ok()?)
+        draw(&self.changes, &self.called, number)
     }
 
-    /// How many changes can be made.
+    /// How many changes can be made in functions that are called.
     #[must_use]
     pub fn size(&self) -> usize {
-        self.changes.values().map(Vec::len).sum()
+        let all = self.changes.values().flatten();
+        all.filter(|change| change.is_in(&self.called)).count()
     }
 
     /// A guest with the change made before its first instruction: no translation of the old code exists. The
@@ -175,6 +177,23 @@ fn pieces(at: u64, size: u64) -> impl Iterator<Item = (u64, usize)> {
         let place = next;
         next = (place / PAGE + 1).saturating_mul(PAGE).min(end);
         (place < end).then(|| (place, usize::try_from(next - place).unwrap_or(0)))
+    })
+}
+
+/// Draws among all of the module's changes until one is in a function that is called: which ones were seen depends on the
+/// moment, and must not move a number to another change.
+fn draw<'a>(
+    changes: &'a BTreeMap<Operator, Vec<Mutation>>,
+    called: &BTreeSet<String>,
+    number: u64,
+) -> Option<&'a Mutation> {
+    let kinds: Vec<&Vec<Mutation>> = changes.values().collect();
+    let kind = kinds.get(usize::try_from(number.checked_rem(kinds.len() as u64)?).ok()?)?;
+    let mut place = number;
+    (0..DRAWS_MAX).find_map(|_| {
+        place = scatter(place);
+        let change = kind.get(usize::try_from(place % kind.len() as u64).ok()?)?;
+        change.is_in(called).then_some(change)
     })
 }
 
@@ -296,6 +315,33 @@ mod tests {
         let found: Vec<_> = pieces(0xffe, 0x1004).collect();
         assert_eq!(found, [(0xffe, 2), (0x1000, 0x1000), (0x2000, 2)]);
         assert_eq!(pieces(5, 0).count(), 0);
+    }
+
+    fn change(function: &str, offset: u64) -> Mutation {
+        Mutation {
+            operator: Operator::DropBranch,
+            function: function.to_owned(),
+            offset,
+            old: vec![0x74, 0x05],
+            new: vec![0x66, 0x90],
+            text: "je".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_function_that_was_not_seen_moves_no_other_change() {
+        let names: Vec<String> = (0..40).map(|number| format!("f{number}")).collect();
+        let places = names.iter().zip(0..).map(|(name, place)| change(name, place)).collect();
+        let changes = BTreeMap::from([(Operator::DropBranch, places)]);
+        let all: BTreeSet<String> = names.iter().cloned().collect();
+        let most: BTreeSet<String> = names.iter().skip(1).cloned().collect();
+        for number in 0..500 {
+            let before = draw(&changes, &all, number).unwrap();
+            let now = draw(&changes, &most, number).unwrap();
+            assert_eq!(before != now, before.function == "f0", "{number}");
+        }
+        assert_eq!(draw(&changes, &BTreeSet::new(), 1), None);
+        assert_eq!(draw(&BTreeMap::new(), &all, 1), None);
     }
 
     #[test]

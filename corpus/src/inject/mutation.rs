@@ -1,6 +1,8 @@
 //! The changes: what programmers' errors look like in machine code, as in published studies of fault injection into
 //! drivers (Ng and Chen's and Nooks' fault models), and where in a function each can be made. Nothing is written here.
 
+use std::collections::BTreeSet;
+
 use capstone::arch::BuildsCapstone;
 use capstone::prelude::*;
 
@@ -72,6 +74,13 @@ pub struct Mutation {
     pub new: Vec<u8>,
     /// The instruction as text, and what it calls.
     pub text: String,
+}
+
+impl Mutation {
+    /// Whether it is in one of these functions.
+    pub(crate) fn is_in(&self, functions: &BTreeSet<String>) -> bool {
+        functions.contains(&self.function)
+    }
 }
 
 /// The recommended no-operations by length (Intel SDM, NOP).
