@@ -21,6 +21,16 @@ pub(crate) fn held(diagnosis: &Value, pointer: &str) -> String {
     kinds.join(" ")
 }
 
+/// Those of `held` that are in `expected`, each as often as there at most.
+pub(crate) fn common(held: &str, expected: &str) -> String {
+    let mut left: Vec<&str> = expected.split_whitespace().collect();
+    let both = held.split_whitespace().filter(|kind| {
+        let place = left.iter().position(|other| other == kind);
+        place.map(|place| left.swap_remove(place)).is_some()
+    });
+    both.collect::<Vec<_>>().join(" ")
+}
+
 /// The same of the resources that a case expects.
 pub(crate) fn resources(held: &[Resource]) -> String {
     let mut kinds: Vec<&str> = held.iter().map(|&held| resource(held)).collect();

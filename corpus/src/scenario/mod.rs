@@ -203,6 +203,8 @@ pub struct Case {
     pub blame: Blame,
     /// The function that symbols alone name, where the offender's own is inlined into another.
     pub inlined_into: Option<&'static str>,
+    /// Whether any process may be the one that meets it, which then holds more, whatever it was about.
+    pub by_chance: bool,
     /// The rung that should save the guest.
     pub rung: Rung,
     /// What the process must see.
@@ -273,6 +275,7 @@ impl Case {
             held,
             blame: Blame::Driver,
             inlined_into: None,
+            by_chance: false,
             rung: Rung::ReturnError,
             sees: Sight::Errno("EIO"),
             waiter_sees: None,
@@ -288,6 +291,12 @@ impl Case {
     pub(super) const fn by(mut self, operation: &'static str, test: &'static str) -> Self {
         self.operation = operation;
         self.test = test;
+        self
+    }
+
+    /// Any process may be the one that meets it.
+    pub(super) const fn by_chance(mut self) -> Self {
+        self.by_chance = true;
         self
     }
 

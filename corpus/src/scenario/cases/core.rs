@@ -41,5 +41,6 @@ pub(super) const CASES: &[Case] = &[
     Case::new("out-of-memory", CORE, Panic, &[Mutex])
         .by("out-of-memory", "out-of-memory")
         .in_core("out_of_memory")
+        .by_chance()
         .refused_for("memory has run out"),
 ];
